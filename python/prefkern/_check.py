@@ -13,7 +13,7 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class MissingDependency(ImportError):
+class MissingDependency(ImportError):  # noqa: N818 - the public name
     """An optional package that this feature needs is not installed; the message says which command installs it."""
 
 

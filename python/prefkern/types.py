@@ -38,3 +38,18 @@ class PairLogps(NamedTuple):
     rejected: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+
+
+class RowStats(NamedTuple):
+    """Preallocated per-row outputs of the tile functions, each ``[C]``; None where a statistic was not asked for.
+
+    With ``x`` the logits before the temperature: ``row_max = max x``, ``log_sum = log sum exp((x - row_max) / T)``.
+    """
+
+    logps: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None

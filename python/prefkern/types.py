@@ -6,6 +6,8 @@ from torch import Tensor
 
 Output = Literal["logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
 Reduction = Literal["mean", "sum", "none"]
+Temperature = float | Tensor
+"""One temperature, or one per row."""
 Coupling = Literal["token", "sequence", "pair", "batch"]
 """What the gradient of one token depends on: itself, its sequence, its pair of sequences, or the whole batch."""
 

@@ -1,0 +1,24 @@
+"""Set up before any test module is imported: Triton's interpreter where there is no CUDA device, threads, seeds."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():  # must be set before the first `import triton`, and stay set
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device; the interpreter runs the same case")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,28 @@
+"""The public losses: an input form composed with an objective, checked at the door."""
+
+from prefkern.losses.dpo import dpo_loss
+from prefkern.losses.kto import kto_kl, kto_loss
+from prefkern.losses.linear_cross_entropy import linear_cross_entropy
+from prefkern.losses.linear_dpo import linear_dpo_loss
+from prefkern.losses.modules import DPOLoss, KTOLoss, ORPOLoss, PPOLoss
+from prefkern.losses.orpo import orpo_loss
+from prefkern.losses.ppo import ppo_loss, value_loss
+from prefkern.losses.sequences import pair_logps, sequence_logps, shift_labels
+
+__all__ = [
+    "DPOLoss",
+    "KTOLoss",
+    "ORPOLoss",
+    "PPOLoss",
+    "dpo_loss",
+    "kto_kl",
+    "kto_loss",
+    "linear_cross_entropy",
+    "linear_dpo_loss",
+    "orpo_loss",
+    "pair_logps",
+    "ppo_loss",
+    "sequence_logps",
+    "shift_labels",
+    "value_loss",
+]

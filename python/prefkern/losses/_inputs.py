@@ -1,0 +1,90 @@
+"""Checks that several losses share: rows, tokens in both layouts, what is scored, normalisers."""
+
+import torch
+from torch import Tensor
+
+from prefkern import _check
+from prefkern.objectives.reduce import per_token
+from prefkern.objectives.sequences import scored_mask
+
+
+def rows(where: str, **named: Tensor | None) -> None:
+    """Floating tensors of one shape ``[B]`` on one device (None is skipped)."""
+    _check.floating(where, **named)
+    for name, value in named.items():
+        if value is not None and value.ndim != 1:
+            _check.fail(where, f"{name} must be [B], one value per sequence, got {_check.describe(value)}")
+    _check.same_shape(where, **named)
+    _check.same_device(where, **named)
+
+
+def tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> None:
+    """Floating tensors of one shape on one device: padded ``[B, T]``, or packed ``[N]`` (None is skipped)."""
+    _check.floating(where, **named)
+    for name, value in named.items():
+        if value is not None and value.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
+            layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
+            _check.fail(where, f"{name} must be {layout}, got {_check.describe(value)}")
+    _check.same_shape(where, **named)
+    _check.same_device(where, **named, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        total = next(value.numel() for value in named.values() if value is not None)
+        _check.offsets(where, cu_seqlens, total)
+
+
+def sequences(where: str, name: str, value: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences in ``value``: its rows, or those of cu_seqlens, which a packed one needs."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    if value.ndim != 2:
+        _check.fail(where, f"{name} is packed, {_check.describe(value)}: its sequences need cu_seqlens [S + 1]")
+    return value.shape[0]
+
+
+def scored(
+    where: str,
+    like: Tensor,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int = -100,
+    *,
+    name: str = "mask",
+) -> Tensor | None:
+    """The bool mask of scored tokens, shaped like ``like``; None is all of them."""
+    _check.integer(where, targets=targets)
+    if targets is not None and targets.shape != like.shape:
+        _check.fail(where, f"targets must have shape {tuple(like.shape)}, got {_check.describe(targets)}")
+    mask = _check.mask(where, name, mask, like.shape)
+    _check.same_device(where, logps=like, targets=targets, **{name: mask})
+    return scored_mask(mask, targets, ignore_index)
+
+
+def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A value per token as it is, one per sequence (``[B]``, packed ``[S]``) as one per token."""
+    _check.floating(where, **{name: value})
+    _check.same_device(where, **{name: value}, logps=like)
+    per_sequence = (like.shape[0],) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    if (like.ndim == 2 or cu_seqlens is not None) and value.shape == per_sequence:
+        return per_token(value, like, cu_seqlens)
+    if value.shape != like.shape:
+        _check.fail(
+            where,
+            f"{name} must be {tuple(like.shape)}, per token, or {per_sequence}, per sequence, "
+            f"got {_check.describe(value)}",
+        )
+    return value
+
+
+def normalizer(where: str, value: Tensor | float | None, reduction: str) -> Tensor | float | None:
+    """A count to divide by: a number or a tensor of one element, not negative (a tensor's value: on the CPU only)."""
+    if value is None:
+        return None
+    if reduction in ("none", "sum"):
+        _check.fail(where, f"reduction={reduction!r} divides by nothing: leave normalizer out, got {value!r}")
+    if not isinstance(value, Tensor):
+        return _check.number(where, "normalizer", value, low=0.0)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        _check.fail(where, f"normalizer must be a number or a tensor of one element, got {_check.describe(value)}")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= value.item() < float("inf"):
+        _check.fail(where, f"normalizer must be finite and not negative, got {value.item()}")
+    return value.detach().reshape(())

@@ -1,0 +1,114 @@
+"""Aligned targets and sequence log-probabilities: the public functions."""
+
+from torch import Tensor
+
+from prefkern import _check
+from prefkern.losses import _inputs
+from prefkern.objectives import sequences
+from prefkern.types import PairLogps
+
+
+def shift_labels(
+    input_ids: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Aligned targets from Hugging Face labels: ``targets[t] = input_ids[t + 1]``, the token that row t predicts.
+
+    Hugging Face labels are unshifted (label t is token t, the shift happens inside the model); every function here
+    takes targets aligned with the row that predicts them.
+
+    Args:
+        input_ids: token ids or labels, int64 or int32, ``[B, T]``, one sequence ``[T]``, or packed ``[N]``. Labels
+            that are ``ignore_index`` stay so.
+        mask: which *tokens* are scored (TRL's ``completion_mask``), bool or 0/1, shaped like ``input_ids``; it is
+            shifted with them.
+        cu_seqlens: ``[S + 1]`` offsets of packed sequences: no target crosses a boundary.
+
+    Returns:
+        Targets of the shape and dtype of ``input_ids``; the last position of each sequence is ``ignore_index``.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
+    """
+    where = "shift_labels"
+    _check.integer(where, input_ids=input_ids)
+    if input_ids.ndim == 0 or (cu_seqlens is not None and input_ids.ndim != 1):
+        layout = "[B, T] or [T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
+        _check.fail(where, f"input_ids must be {layout}, got {_check.describe(input_ids)}")
+    mask = _check.mask(where, "mask", mask, input_ids.shape)
+    _check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        _check.offsets(where, cu_seqlens, input_ids.numel())
+    return sequences.shift_labels(input_ids, mask=mask, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+
+
+def sequence_logps(
+    logps: Tensor,
+    *,
+    mask: Tensor | None = None,
+    targets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The log-probability of each sequence: the sum of its scored tokens', ``sum_t m_t lp_t``, or their mean.
+
+    Scored is ``targets != ignore_index`` and ``mask``, where given; with neither, every token. A sequence with
+    nothing scored gives 0, with a graph and a zero gradient.
+
+    Args:
+        logps: per token, padded ``[B, T]``, or packed ``[N]`` with ``cu_seqlens [S + 1]``.
+        mask: bool or 0/1, shaped like ``logps``. What it excludes never reaches the result, NaN and inf included.
+        targets: the targets that ``logps`` were scored against, shaped like it.
+        average: divide by the number of scored tokens.
+
+    Returns:
+        ``[B]`` or ``[S]``, float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
+    """
+    where = "sequence_logps"
+    _inputs.tokens(where, cu_seqlens, logps=logps)
+    _inputs.sequences(where, "logps", logps, cu_seqlens)
+    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
+    return sequences.sequence_logps(logps, mask, cu_seqlens, average=average)
+
+
+def pair_logps(
+    logps: Tensor,
+    *,
+    mask: Tensor | None = None,
+    targets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    average: bool = False,
+    ignore_index: int = -100,
+) -> PairLogps:
+    """Sequence log-probabilities and scored lengths of preference pairs, whose rows are all chosen, then all rejected.
+
+    With ``ld_alpha`` in [0, 1] the scored tokens past the shorter length of the pair count ``ld_alpha`` times, which
+    removes the advantage of a longer answer: LD-DPO, https://arxiv.org/abs/2409.06411.
+
+    Args:
+        logps: per token, padded ``[2B, T]``, or packed ``[N]`` with ``cu_seqlens [2B + 1]``.
+        mask, targets: what is scored, as in ``sequence_logps``.
+        average: divide by the number of scored tokens.
+
+    Returns:
+        ``PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)``, each ``[B]``; lengths are int64.
+
+    Raises:
+        TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value, offset or ``ld_alpha``.
+    """
+    where = "pair_logps"
+    _inputs.tokens(where, cu_seqlens, logps=logps)
+    check_even(where, _inputs.sequences(where, "logps", logps, cu_seqlens))
+    if ld_alpha is not None:
+        ld_alpha = _check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
+    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
+    return sequences.pair_logps(logps, mask, cu_seqlens, ld_alpha=ld_alpha, average=average)
+
+
+def check_even(where: str, count: int) -> None:
+    if count % 2:
+        _check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")

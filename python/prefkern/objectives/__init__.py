@@ -1,0 +1,9 @@
+"""The mathematics on log-probabilities: pure functions of tensors, each with a declared coupling, without input checks.
+
+Importing the package declares every objective (``declare.OBJECTIVES``).
+"""
+
+from prefkern.objectives import kto, likelihood, orpo, policy, preference
+from prefkern.objectives.declare import OBJECTIVES, Objective, objective
+
+__all__ = ["OBJECTIVES", "Objective", "kto", "likelihood", "objective", "orpo", "policy", "preference"]

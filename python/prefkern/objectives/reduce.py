@@ -1,0 +1,98 @@
+"""Sums and means over tokens, sequences and rows. A mean over nothing is 0, with a graph and a zero gradient."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prefkern.types import Reduction
+
+TokenReduction = Literal["token", "sequence", "sequence_sum", "none"]
+
+
+def widen(x: Tensor) -> Tensor:
+    """float32, or float64 where it was that: what all row mathematics is done in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def scored(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x``, widened, 0 where not scored: applied before any mathematics, so that no masked value reaches a result."""
+    return widen(x) if mask is None else widen(x).masked_fill(~mask, 0.0)
+
+
+def divide(total: Tensor, count: Tensor | float) -> Tensor:
+    """``total / count``, 0 (with total's graph) where the count is 0."""
+    if isinstance(count, Tensor):
+        count = count.to(total.dtype)
+        empty = count == 0
+        return (total / count.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    return total / count if count else total * 0.0
+
+
+def masked_mean(x: Tensor, mask: Tensor | None, normalizer: Tensor | float | None = None) -> Tensor:
+    """``sum over scored x / normalizer``, by default the number scored."""
+    if normalizer is None:
+        normalizer = x.numel() if mask is None else mask.sum()
+    return divide(scored(x, mask).sum(), normalizer)
+
+
+def reduce_rows(x: Tensor, reduction: Reduction) -> Tensor:
+    """``x [B]`` as its mean or sum, or as it is."""
+    if reduction == "none":
+        return x
+    return x.sum() if reduction == "sum" else divide(x.sum(), x.numel())
+
+
+def sequence_sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``x [B, T]``, or packed ``x [N]`` with ``cu_seqlens [S + 1]``, summed per sequence; an empty sequence gives 0."""
+    if cu_seqlens is None:
+        return x.sum(dim=-1)
+    return torch.segment_reduce(x, "sum", offsets=cu_seqlens)
+
+
+def sequence_lengths(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The number of scored tokens of each sequence of ``x``, int64 ``[S]``."""
+    if cu_seqlens is None:
+        return x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if mask is None else mask.sum(dim=-1)
+    if mask is None:
+        return cu_seqlens.diff().to(torch.int64)
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    return before[cu_seqlens].diff()
+
+
+def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
+    """The sequence of each of ``total`` packed tokens, ``[N]``; empty sequences own none."""
+    positions = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, positions, right=True) - 1
+
+
+def per_token(rows: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One value per sequence, ``[S]``, as one value per token, shaped like ``like``."""
+    if cu_seqlens is None:
+        return rows.unsqueeze(-1).expand(like.shape)
+    return rows[sequence_ids(cu_seqlens, like.shape[0])]
+
+
+def reduce_tokens(
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    reduction: TokenReduction,
+    normalizer: Tensor | float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``x [B, T]`` or packed ``[N]``, reduced over its scored tokens.
+
+    ``token``: sum / normalizer, by default the number of scored tokens. ``sequence``: the sum over sequences of their
+    token means, / normalizer, by default the number of sequences, empty ones included. ``sequence_sum``: the same of
+    token sums. ``none``: per token, 0 where not scored.
+    """
+    if reduction == "token":
+        return masked_mean(x, mask, normalizer)
+    x = scored(x, mask)
+    if reduction == "none":
+        return x
+    rows = sequence_sums(x, cu_seqlens)
+    if reduction == "sequence":
+        rows = divide(rows, sequence_lengths(x, mask, cu_seqlens))
+    return divide(rows.sum(), rows.numel() if normalizer is None else normalizer)

@@ -33,6 +33,15 @@ def fail_type(where: str, message: str) -> NoReturn:
     raise TypeError(f"prefkern.{where}: {message}")
 
 
+def no_functorch(where: str) -> None:
+    """torch.func transforms do not see through the operators: refused, rather than failing inside them."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"prefkern.{where}: torch.func transforms (grad, vmap, jvp ...) are not supported: "
+            "use torch.autograd, and a leading dimension in place of vmap"
+        )
+
+
 def describe(value: object) -> str:
     """``float32 (4, 8) on cpu`` for a tensor, else its type and value."""
     if isinstance(value, Tensor):

@@ -155,7 +155,10 @@ class _RowScales(NamedTuple):
         zero = torch.zeros(scored.shape, dtype=wide, device=scored.device)
         c = zero if g_logps is None else torch.where(scored, g_logps.to(wide), zero)
         e = None if g_entropy is None else torch.where(scored, g_entropy.to(wide), zero)
-        row = torch.where(scored, -logits.logit_scale / logits.temperature, zero)
+        temperature = logits.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(wide)
+        row = torch.where(scored, -logits.logit_scale / temperature, zero)
         post = None
         if dtype == torch.float16:
             # a loss divided by many tokens underflows in float16: normalised by a power of two, undone in float32

@@ -49,12 +49,12 @@ def token_logprobs(
     _check.floating(where, logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         _check.fail(where, f"logits must be [..., V] with V >= 1, got {_check.describe(logits)}")
-    rows = _Rows(where, logits, targets, temperature, softcap, ignore_index, outputs, logits.shape[-1])
+    rows = _Rows(where, logits, targets, temperature, softcap, ignore_index, outputs, entropy_grad, logits.shape[-1])
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     results = torch.ops.prefkern.logprobs_fwd(flat, *rows.arguments, list(rows.outputs))
-    return rows.stats(results, entropy_grad)
+    return rows.stats(results)
 
 
 def linear_token_logprobs(
@@ -129,7 +129,7 @@ def linear_token_logprobs(
             _check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
     dtype = _compute_dtype(where, compute_dtype, hidden)
 
-    rows = _Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, V)
+    rows = _Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, entropy_grad, V)
     flat = rows.compact(hidden.reshape(-1, H), num_scored)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     k_max = plan.max_held_rows(H, V, dtype.itemsize, max_memory) if needs_grad else 0
@@ -137,7 +137,7 @@ def linear_token_logprobs(
     results = torch.ops.prefkern.linear_logprobs_fwd(
         flat, weight, bias, *rows.arguments, float(logit_scale), list(rows.outputs), dtype, k_max
     )
-    return rows.stats(results, entropy_grad)
+    return rows.stats(results)
 
 
 def _compute_dtype(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
@@ -161,10 +161,12 @@ class _Rows:
         softcap: float | None,
         ignore_index: int,
         outputs: Sequence[Output],
+        entropy_grad: bool,
         V: int,
     ) -> None:
+        _check.no_functorch(where)
         _check.integer(where, targets=targets)
-        _check.same_device(where, source=source, targets=targets)
+        _check.same_device(where, **{"logits" if where == "token_logprobs" else "hidden": source}, targets=targets)
         if targets.shape != source.shape[:-1]:
             kind = (
                 "several targets per row are not supported by this version"
@@ -180,11 +182,13 @@ class _Rows:
             _check.fail_type(where, f"ignore_index must be an int, got {ignore_index!r}")
         for name in outputs:
             _check.one_of(where, "every entry of outputs", name, ("logps", *OPTIONAL))
+        if entropy_grad and "entropy" not in outputs:
+            _check.fail(where, f"entropy_grad=True needs 'entropy' in outputs, got outputs={tuple(outputs)!r}")
         self._where = where
         self._shape = targets.shape
         self._index: Tensor | None = None
         self._poison: Tensor | None = None
-        self._outputs: tuple[str, ...] = tuple(outputs)
+        self._entropy_grad = entropy_grad
         self.outputs = tuple(name for name in OPTIONAL if name in outputs)
         self._targets = targets.reshape(-1).to(torch.int64)
         self._temperature = self._check_temperature(temperature)
@@ -256,11 +260,11 @@ class _Rows:
             self._ignore_index,
         )
 
-    def stats(self, results: Sequence[Tensor], entropy_grad: bool) -> TokenStats:
+    def stats(self, results: Sequence[Tensor]) -> TokenStats:
         """Back to the shape of the targets; 0 where not scored."""
         logps = results[0] if self._poison is None else results[0] + self._poison
         named = dict(zip(OPTIONAL, results[3:7], strict=True))
-        if not entropy_grad:
+        if not self._entropy_grad:
             named["entropy"] = named["entropy"].detach()
         return TokenStats(self._full(logps), *(self._full(named[n]) if n in self.outputs else None for n in OPTIONAL))
 

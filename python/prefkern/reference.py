@@ -50,9 +50,10 @@ def _activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: fl
         tile.mul_(logit_scale)
     if softcap is None:
         return None
+    masked = tile == -math.inf
     t = tile.div_(softcap).tanh_()
     factor = (1 - t) * (1 + t)
-    tile.mul_(softcap)
+    tile.mul_(softcap).masked_fill_(masked, -math.inf)
     return factor
 
 
@@ -113,40 +114,40 @@ def _rows_fwd(
     outside = ((targets < 0) | (targets >= V)) & ~ignored
     index = targets.clamp(0, V - 1).unsqueeze(-1)
 
+    def write(out: Tensor | None, value: Tensor) -> None:
+        if out is not None:
+            out.copy_(value.masked_fill_(outside, math.nan).masked_fill_(ignored, 0.0))
+
     factor = _activate(x, bias, logit_scale, softcap)
     row_max = x.amax(-1)
     dead = row_max == -math.inf
     if stats.mean_logit is not None:
-        stats.mean_logit.copy_(_scaled(x.mean(-1), temperature).masked_fill_(ignored, 0.0))
+        write(stats.mean_logit, _scaled(x.mean(-1), temperature))
     if stats.is_top1 is not None:
-        stats.is_top1.copy_((x.argmax(-1) == targets) & ~ignored & ~dead)
+        torch.logical_and(x.argmax(-1) == targets, ~ignored, out=stats.is_top1)
     z = _center(x, row_max, temperature)
     z_target = z.gather(1, index).squeeze(-1)
 
-    need_z = stats.entropy is not None
     same = held is not None and held.data_ptr() == z.data_ptr()
     if held is not None and held.dtype == z.dtype and not same:
         p = torch.softmax(z, -1, out=held)
     else:
-        p = torch.softmax(z, -1) if need_z else torch.softmax(z, -1, out=z)
+        p = torch.softmax(z, -1) if stats.entropy is not None else torch.softmax(z, -1, out=z)
     if dead.any():
         p[dead] = 0.0
-    log_sum = -p.amax(-1).log()  # the largest probability is exp(0) / sum
+    log_sum = -p.amax(-1).log_()  # the largest probability is exp(0) / sum
     log_sum.masked_fill_(dead, 0.0)
     logps = (z_target - log_sum).clamp_(max=0.0)
-    logps.masked_fill_(outside, math.nan).masked_fill_(ignored, 0.0)
-
-    stats.row_max.copy_(row_max)
-    stats.log_sum.copy_(log_sum)
-    stats.logps.copy_(logps)
     if stats.entropy is not None:
         # both terms are >= 0 and nothing cancels; the clamp makes 0 * -inf a 0
-        stats.entropy.copy_((log_sum - (p * z.clamp_(min=-1e30)).sum(-1)).masked_fill_(dead | ignored, 0.0))
+        write(stats.entropy, log_sum - (p * z.clamp_(min=-1e30)).sum(-1))
     if stats.log_sum_sq_probs is not None:
-        stats.log_sum_sq_probs.copy_((p * p).sum(-1).log_().masked_fill_(ignored, 0.0))
+        write(stats.log_sum_sq_probs, (p * p).sum(-1).log_())
+    write(stats.logps, logps)
+    write(stats.row_max, row_max)
+    write(stats.log_sum, log_sum)
     if held is None:
         return
-
     at_target = torch.expm1(logps).masked_fill_(z_target == -math.inf, 0.0).unsqueeze(-1)
     p.scatter_(1, index, at_target)
     if factor is not None:

@@ -10,6 +10,24 @@ from typing import TYPE_CHECKING
 
 from prefkern._check import MissingDependency
 from prefkern.logprobs import linear_token_logprobs, token_logprobs
+from prefkern.losses import (
+    DPOLoss,
+    KTOLoss,
+    ORPOLoss,
+    PPOLoss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    linear_cross_entropy,
+    linear_dpo_loss,
+    orpo_loss,
+    pair_logps,
+    ppo_loss,
+    sequence_logps,
+    shift_labels,
+    value_loss,
+)
+from prefkern.types import LossOutput, PairLogps, TokenStats
 
 if TYPE_CHECKING:
     from prefkern import data, integrations
@@ -17,11 +35,29 @@ if TYPE_CHECKING:
 __version__ = version("prefkern")
 
 __all__ = [
+    "DPOLoss",
+    "KTOLoss",
+    "LossOutput",
     "MissingDependency",
+    "ORPOLoss",
+    "PPOLoss",
+    "PairLogps",
+    "TokenStats",
     "data",
+    "dpo_loss",
     "integrations",
+    "kto_kl",
+    "kto_loss",
+    "linear_cross_entropy",
+    "linear_dpo_loss",
     "linear_token_logprobs",
+    "orpo_loss",
+    "pair_logps",
+    "ppo_loss",
+    "sequence_logps",
+    "shift_labels",
     "token_logprobs",
+    "value_loss",
 ]
 
 

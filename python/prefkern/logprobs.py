@@ -190,7 +190,7 @@ class _Rows:
         self._poison: Tensor | None = None
         self._entropy_grad = entropy_grad
         self.outputs = tuple(name for name in OPTIONAL if name in outputs)
-        self._targets = targets.reshape(-1).to(torch.int64)
+        self._targets = targets.reshape(-1).to(torch.int64).contiguous()
         self._temperature = self._check_temperature(temperature)
         self._softcap = None if softcap is None else float(softcap)
         self._ignore_index = ignore_index
@@ -218,7 +218,8 @@ class _Rows:
             _check.fail(self._where, "temperature gets no gradient: pass temperature.detach(), or divide the logits")
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
             _check.fail(self._where, "temperature must be positive in every row")
-        return temperature.reshape(-1).float() if temperature.dtype != torch.float64 else temperature.reshape(-1)
+        wide = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+        return temperature.reshape(-1).to(wide).contiguous()
 
     def compact(self, rows: Tensor, num_scored: int | None) -> Tensor:
         """Only the scored rows: without a wait where their number is known, after one ``nonzero`` in eager mode;

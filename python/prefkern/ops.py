@@ -309,12 +309,22 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
     )
 
 
+def _outside_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """The operands' dtype is decided by the wrapper: autocast must not cast inside, where a product is float32."""
+
+    def run(first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return impl(first, *args)
+
+    return run
+
+
 for _name, _impl, _fake, _autograd in (
     ("linear_logprobs_fwd", _linear_fwd, _linear_fwd_fake, (_linear_backward, _linear_setup)),
     ("linear_logprobs_bwd", _linear_bwd, _linear_bwd_fake, (_no_double_backward, None)),
     ("logprobs_fwd", _logits_fwd, _logits_fwd_fake, (_logits_backward, _logits_setup)),
     ("logprobs_bwd", _logits_bwd, _logits_bwd_fake, (_no_double_backward, None)),
 ):
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(_name, _outside_autocast(_impl), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"prefkern::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"prefkern::{_name}", _autograd[0], setup_context=_autograd[1], lib=_library)

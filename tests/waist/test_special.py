@@ -214,6 +214,20 @@ def test_mixed_dtypes_compute_in_the_hidden_states_dtype_and_autocast_in_its_own
     assert exact.dtype == torch.float64
 
 
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_autocast_does_not_reach_into_a_float32_head(max_memory: int | None) -> None:
+    hidden, weight, targets = small()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            logps = pk.linear_token_logprobs(
+                hidden, weight, targets, compute_dtype=torch.float32, max_memory=max_memory
+            ).logps
+            results.append((logps, *torch.autograd.grad(logps.sum(), (hidden, weight))))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_num_scored_gives_the_same_numbers() -> None:
     hidden, weight, targets = small(30, ignored=0.5)
     count = int((targets != -100).sum())

@@ -1,0 +1,7 @@
+"""``python -m prefkern``."""
+
+import sys
+
+from prefkern.cli import main
+
+sys.exit(main())

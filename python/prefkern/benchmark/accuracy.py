@@ -1,0 +1,96 @@
+"""The correctness gate: errors against float64 of the same operands, and the tolerance that prefkern must meet.
+
+The tolerance is derived. Log-probabilities: twice the error of the same product accumulated in float32 (four times for
+16-bit operands on an accelerator, whose matrix units truncate their accumulator), plus one float32 rounding. Gradients:
+twice the error of the plain eager computation in the operands' dtype, plus one rounding to it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefkern.benchmark.operands import Operands
+
+_ROWS = 512
+
+
+class HeadValues(NamedTuple):
+    """Log-probabilities ``[N]``, gradients of hidden ``[N, H]`` and weight ``[V, H]`` for one upstream gradient."""
+
+    logps: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+
+
+class Errors(NamedTuple):
+    """Log-probabilities: largest absolute error. Gradients: largest error over the largest entry of the truth; None
+    where the case has no such gradient."""
+
+    logps: float
+    grad_hidden: float | None = None
+    grad_weight: float | None = None
+
+    def within(self, tolerance: "Errors") -> bool:
+        """Whether each error is a number and at most the tolerance's."""
+        return all(
+            error is None or (bound is not None and error <= bound)
+            for error, bound in zip(self, tolerance, strict=True)
+        )
+
+
+def head_values(operands: Operands, dtype: torch.dtype) -> HeadValues:
+    """The head and its gradients with products in ``dtype`` and row mathematics in float32 or wider, a few rows at a
+    time: float64 is the truth, the operands' own dtype the eager computation."""
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, weight = operands.hidden.to(dtype), operands.weight.to(dtype)
+    N = hidden.shape[0]
+    logps = torch.empty(N, dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    for start in range(0, N, _ROWS):
+        rows = slice(start, min(start + _ROWS, N))
+        targets = operands.targets[rows].unsqueeze(-1)
+        grad = torch.log_softmax((hidden[rows] @ weight.T).to(wide), -1)
+        at_target = grad.gather(-1, targets)
+        logps[rows] = at_target.squeeze(-1)
+        grad.exp_().scatter_(-1, targets, at_target.expm1())  # p - 1[v = y], without the cancellation at p near 1
+        grad.mul_(-operands.upstream[rows].to(wide).unsqueeze(-1))
+        narrow = grad.to(dtype)
+        grad_hidden[rows] = narrow @ weight
+        grad_weight += narrow.T @ hidden[rows]
+    return HeadValues(logps, grad_hidden, grad_weight.to(dtype))
+
+
+def errors(found: Sequence[Tensor], truth: HeadValues) -> Errors:
+    """Of ``(logps[, grad_hidden[, grad_weight]])``. NaN and infinities give NaN, which passes no tolerance."""
+    logps = _largest_difference(found[0], truth.logps)
+    relative = [
+        _largest_difference(got, want) / max(float(want.abs().amax()), math.ulp(0.0))
+        for got, want in zip(found[1:], truth[1:], strict=False)
+    ]
+    return Errors(logps, *relative)
+
+
+def tolerance(operands: Operands, truth: HeadValues) -> Errors:
+    dtype, device = operands.hidden.dtype, operands.hidden.device
+    eager = head_values(operands, dtype)
+    eager_errors = errors(eager, truth)
+    wide = eager_errors if dtype == torch.float32 else errors(head_values(operands, torch.float32), truth)
+    factor = 4.0 if device.type != "cpu" and dtype != torch.float32 else 2.0
+    rounding = torch.finfo(torch.float32).eps * float(truth.logps.abs().amax())
+    gradients = [2.0 * error + torch.finfo(dtype).eps for error in eager_errors[1:] if error is not None]
+    return Errors(factor * wide.logps + rounding, *gradients)
+
+
+def _largest_difference(got: Tensor, want: Tensor) -> float:
+    """Some rows at a time: a float64 copy of a weight's gradient is large."""
+    largest = 0.0
+    for a, b in zip(torch.split(got, 4096), torch.split(want, 4096), strict=True):
+        worst = float((a.to(b.dtype) - b).abs().amax())
+        if not math.isfinite(worst):
+            return math.nan
+        largest = max(largest, worst)
+    return largest

@@ -1,0 +1,141 @@
+"""``python -m prefkern bench``."""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefkern.benchmark import machine, plot, report
+from prefkern.benchmark.contenders import discover
+from prefkern.benchmark.measure import Budget
+from prefkern.benchmark.operands import DTYPES, HEADS, Case, Shape
+from prefkern.benchmark.run import gate, measure, measure_pieces, passes
+
+CPU_SHAPE = Shape(2048, 1024, 32768)
+GPU_SHAPES = (Shape(8192, 4096, 128256), Shape(8192, 896, 151936), Shape(2048, 2048, 32768))
+GPU_BUDGET_S = 240.0
+QUICK_SHAPE = Shape(48, 32, 257)
+PACKAGES = ("prefkern", "torch", "triton", "trl", "transformers", "liger-kernel", "numpy")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m prefkern bench",
+        description="Correctness against float64 first; then time and peak memory of naive eager, TRL, Liger and "
+        "prefkern on the same tensors, interleaved, beside the bare matrix products.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--tokens", type=_positive, metavar="N", help=f"scored tokens (CPU: {CPU_SHAPE.N})")
+    parser.add_argument("--hidden", type=_positive, metavar="H", help=f"width (CPU: {CPU_SHAPE.H})")
+    parser.add_argument("--vocab", type=_positive, metavar="V", help=f"vocabulary (CPU: {CPU_SHAPE.V})")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="may be given more than once")
+    parser.add_argument("--repeats", type=_positive, metavar="R", help="interleaved rounds (CPU: 5, CUDA: 10)")
+    limit = f"begin no further round or case after S seconds (CUDA: {GPU_BUDGET_S:.0f})"
+    parser.add_argument("--budget-s", type=float, metavar="S", help=limit)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: a test of the harness")
+    parser.add_argument("--json", action="store_true", help="write bench.json into the output folder")
+    parser.add_argument("--plot", action="store_true", help="write bench.png into the output folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("prefkern-bench"), metavar="DIR", help="default: %(default)s"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def cases(given: argparse.Namespace) -> list[Case]:
+    """Every dtype with every head; on a GPU by default bfloat16 over several shapes, and float32 on the smallest."""
+    base = QUICK_SHAPE if given.quick else CPU_SHAPE if given.device == "cpu" else GPU_SHAPES[0]
+    sizes = (given.tokens, given.hidden, given.vocab)
+    shape = Shape(*(size or default for size, default in zip(sizes, base, strict=True)))
+    if given.device == "cuda" and not given.quick and not any(sizes) and given.dtype is None:
+        pairs = [(one, "bfloat16") for one in GPU_SHAPES] + [(GPU_SHAPES[-1], "float32")]
+    else:
+        pairs = [(shape, name) for name in given.dtype or ("float32", "bfloat16")]
+    return [Case(shape, DTYPES[name], head) for shape, name in pairs for head in HEADS]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when all was measured, 1 when prefkern fails its correctness gate (then nothing is timed), 2: wrong usage."""
+    given = _parser().parse_args(argv)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("prefkern bench: there is no CUDA device; leave out --device cuda to measure the CPU", file=sys.stderr)
+        return 2
+    if given.plot:
+        plot.check()
+    if given.json or given.plot:
+        given.output.mkdir(parents=True, exist_ok=True)
+    device = torch.device(given.device)
+    chosen = cases(given)
+    rounds = given.repeats or (2 if given.quick else 5 if given.device == "cpu" else 10)
+    results: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(device),
+        "versions": machine.versions(PACKAGES),
+        "rounds": rounds,
+    }
+
+    budget = Budget(given.budget_s or (GPU_BUDGET_S if device.type == "cuda" else None))
+    progress = _Progress()
+    found = discover(device)
+    checked = gate(chosen, found, device, progress)
+    good = all(passes(result) for result in checked)
+    results |= {"gate": good, "cases": [result.as_json() for result in checked], "pieces": []}
+    if not good:
+        progress.done()
+        for case in results["cases"]:
+            report.show(report.case_table(case, timed=False))
+        _write(results, given)
+        print("prefkern bench: prefkern is outside its tolerance, so nothing is timed", file=sys.stderr)
+        return 1
+
+    measured, copy = measure(checked, found, device, rounds=rounds, budget=budget.share(0.8), progress=progress)
+    results |= {"copy_bytes_per_second": copy, "cases": [result.as_json() for result in measured]}
+    if device.type == "cuda":
+        results["pieces"] = measure_pieces(chosen[0], device, copy, budget, progress)
+    progress.done()
+    for case in results["cases"]:
+        report.show(report.case_table(case, timed=True))
+    if results["pieces"]:
+        report.show(report.pieces_table(results["pieces"], copy))
+    _write(results, given)
+    return 0
+
+
+def _write(results: dict[str, Any], given: argparse.Namespace) -> None:
+    if given.json:
+        path = given.output / "bench.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"numbers: {path}")
+    if given.plot and results["gate"]:
+        path = given.output / "bench.png"
+        plot.save(results, path)
+        print(f"plot: {path}")
+
+
+class _Progress:
+    """One line that is rewritten on a terminal; elsewhere a line for each case."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, label: str, detail: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[2K{label}: {detail}", end="", file=sys.stderr, flush=True)
+        elif label != self._last:
+            print(label, file=sys.stderr, flush=True)
+        self._last = label
+
+    def done(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

@@ -8,28 +8,54 @@ from prefkern.objectives.reduce import per_token
 from prefkern.objectives.sequences import scored_mask
 
 
-def rows(where: str, **named: Tensor | None) -> None:
-    """Floating tensors of one shape ``[B]`` on one device (None is skipped)."""
+def required(where: str, **named: Tensor) -> None:
+    """Every argument is a tensor: the checks of ``_check`` take None for one that was left out."""
+    for name, value in named.items():
+        _check.tensor(where, name, value)
+
+
+def rows(where: str, *, optional: dict[str, Tensor | None] | None = None, **named: Tensor) -> None:
+    """Floating tensors of one shape ``[B]`` on one device; an optional one may be None."""
+    required(where, **named)
+    _rows(where, **named, **(optional or {}))
+
+
+def _rows(where: str, **named: Tensor | None) -> None:
     _check.floating(where, **named)
     for name, value in named.items():
         if value is not None and value.ndim != 1:
             _check.fail(where, f"{name} must be [B], one value per sequence, got {_check.describe(value)}")
-    _check.same_shape(where, **named)
+    _same_shape(where, **named)
     _check.same_device(where, **named)
 
 
-def tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> None:
-    """Floating tensors of one shape on one device: padded ``[B, T]``, or packed ``[N]`` (None is skipped)."""
+def tokens(
+    where: str, cu_seqlens: Tensor | None, *, optional: dict[str, Tensor | None] | None = None, **named: Tensor
+) -> None:
+    """Floating tensors of one shape on one device, padded ``[B, T]`` or packed ``[N]``; an optional one may be None."""
+    required(where, **named)
+    _tokens(where, cu_seqlens, **named, **(optional or {}))
+
+
+def _tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> None:
     _check.floating(where, **named)
     for name, value in named.items():
         if value is not None and value.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
             layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
             _check.fail(where, f"{name} must be {layout}, got {_check.describe(value)}")
-    _check.same_shape(where, **named)
+    _same_shape(where, **named)
     _check.same_device(where, **named, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         total = next(value.numel() for value in named.values() if value is not None)
         _check.offsets(where, cu_seqlens, total)
+
+
+def _same_shape(where: str, **named: Tensor | None) -> None:
+    shapes = [value.shape for value in named.values() if value is not None]
+    if any(
+        shape != shapes[0] for shape in shapes
+    ):  # compared in pairs: a set of shapes makes them constants in a graph
+        _check.same_shape(where, **named)
 
 
 def sequences(where: str, name: str, value: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -59,8 +85,17 @@ def scored(
     return scored_mask(mask, targets, ignore_index)
 
 
+def flags(where: str, name: str, value: Tensor, like: Tensor) -> Tensor:
+    """A bool per element of ``like``, from bool or 0/1."""
+    required(where, **{name: value})
+    checked = scored(where, like, value, None, name=name)
+    assert checked is not None
+    return checked
+
+
 def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A value per token as it is, one per sequence (``[B]``, packed ``[S]``) as one per token."""
+    required(where, **{name: value})
     _check.floating(where, **{name: value})
     _check.same_device(where, **{name: value}, logps=like)
     per_sequence = (like.shape[0],) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)

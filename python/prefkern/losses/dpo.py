@@ -64,7 +64,7 @@ def dpo_loss(
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
-        weights=weights,
+        optional={"weights": weights},
     )
     check_lengths(where, loss_type, chosen_logps, chosen_lengths, rejected_lengths)
     chosen, rejected = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)

@@ -59,10 +59,7 @@ def kto_loss(
     where = "kto_loss"
     options = check_options(where, beta, desirable_weight, undesirable_weight, loss_type, reduction)
     _inputs.rows(where, logps=logps, ref_logps=ref_logps)
-    desirable = _check.mask(where, "is_desirable", is_desirable, logps.shape)
-    if desirable is None:
-        _check.fail_type(where, "is_desirable must be a torch.Tensor [B] of bool or 0/1, got None")
-    _check.same_device(where, logps=logps, is_desirable=desirable)
+    desirable = _inputs.flags(where, "is_desirable", is_desirable, logps)
     kl = _baseline(where, kl, logps)
     log_ratios = widen(logps) - widen(ref_logps).detach()
     losses = kto.UNPAIRED_LOSSES[loss_type](log_ratios, desirable, kl, options)

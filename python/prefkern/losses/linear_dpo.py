@@ -111,6 +111,7 @@ def _check_rows(
     where: str, targets: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, weights: Tensor | None
 ) -> None:
     """What the loss itself needs, before any product is paid for."""
+    _inputs.required(where, targets=targets)
     _check.integer(where, targets=targets)
     count = _inputs.sequences(where, "targets", targets, cu_seqlens)
     check_even(where, count)

@@ -44,6 +44,7 @@ def orpo_loss(
     where = "orpo_loss"
     beta = check_options(where, beta, reduction)
     _inputs.rows(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
+    _inputs.required(where, chosen_nll=chosen_nll)
     _check.floating(where, chosen_nll=chosen_nll)
     if chosen_nll.ndim != 0 and chosen_nll.shape != chosen_avg_logps.shape:
         shape = tuple(chosen_avg_logps.shape)

@@ -85,8 +85,8 @@ def ppo_loss(
         cliprange_value,
         reduction,
     )
-    _inputs.tokens(where, cu_seqlens, logps=logps, old_logps=old_logps, ref_logps=ref_logps, entropy=entropy)
-    _inputs.tokens(where, cu_seqlens, logps=logps, values=values, old_values=old_values, returns=returns)
+    optional = {"ref_logps": ref_logps, "entropy": entropy, "values": values, "old_values": old_values}
+    _inputs.tokens(where, cu_seqlens, logps=logps, old_logps=old_logps, optional={**optional, "returns": returns})
     _check_terms(where, logps, ref_logps, kl_coef, entropy, entropy_coef, values, old_values, returns, reduction)
     if reduction.startswith("sequence"):
         _inputs.sequences(where, "logps", logps, cu_seqlens)
@@ -108,8 +108,8 @@ def ppo_loss(
         loss = loss + vf_coef * value
     if not metrics:
         return LossOutput(loss, {})
-    optional = {"loss/policy_avg": losses, "kl": kl, "policy/entropy_avg": entropy}
-    means = {name: masked_mean(x.detach(), mask) for name, x in optional.items() if x is not None}
+    terms = {"loss/policy_avg": losses, "kl": kl, "policy/entropy_avg": entropy}
+    means = {name: masked_mean(x.detach(), mask) for name, x in terms.items() if x is not None}
     return LossOutput(loss, means | policy.policy_metrics(lp, old, A, mask, options) | value_metrics)
 
 

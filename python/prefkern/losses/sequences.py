@@ -30,6 +30,7 @@ def shift_labels(
         TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
     """
     where = "shift_labels"
+    _inputs.required(where, input_ids=input_ids)
     _check.integer(where, input_ids=input_ids)
     if input_ids.ndim == 0 or (cu_seqlens is not None and input_ids.ndim != 1):
         layout = "[B, T] or [T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"

@@ -1,0 +1,158 @@
+"""Bad input: the function, the argument, what was expected, what was got."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from prefkern import losses
+
+X, Y, INT = -torch.rand(4), -torch.rand(3), torch.zeros(4, dtype=torch.long)
+GRID, META = -torch.rand(4, 3), torch.zeros(4, device="meta")
+IDS = torch.zeros(4, 3, dtype=torch.long)
+ENTROPY = {"entropy": X, "entropy_coef": 0.1}
+
+DPO = partial(losses.dpo_loss, X, X, X)
+KTO = partial(losses.kto_loss, X, X)
+PPO = partial(losses.ppo_loss, GRID, GRID)
+CALLS = [
+    (lambda: losses.dpo_loss(X, Y, X, X), ValueError, r"dpo_loss: .*must have the same shape, got \(4,\) and \(3,\)"),
+    (
+        lambda: losses.dpo_loss(X, None, X, X),
+        TypeError,
+        r"dpo_loss: rejected_logps must be a torch\.Tensor, got NoneType",
+    ),
+    (lambda: losses.kto_kl(None, X), TypeError, r"kto_kl: kl_logps must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.ppo_loss(X, X, None), TypeError, r"ppo_loss: advantages must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.value_loss(X, X, None), TypeError, r"value_loss: returns must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.shift_labels(None), TypeError, r"shift_labels: input_ids must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.pair_logps(None), TypeError, r"pair_logps: logps must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.orpo_loss(X, X, None), TypeError, r"orpo_loss: chosen_nll must be a torch\.Tensor, got NoneType"),
+    (lambda: DPO(INT), TypeError, "dpo_loss: ref_rejected_logps must be float16, .* got int64"),
+    (lambda: DPO([1.0]), TypeError, r"dpo_loss: ref_rejected_logps must be a torch\.Tensor, got list"),
+    (lambda: DPO(META), ValueError, "dpo_loss: all tensors must be on one device.*ref_rejected_logps on meta"),
+    (lambda: losses.dpo_loss(GRID, GRID, GRID, GRID), ValueError, r"dpo_loss: chosen_logps must be \[B\]"),
+    (lambda: DPO(X, beta=0.0), ValueError, r"dpo_loss: beta must be a finite number in \(0\.0, inf\], got 0\.0"),
+    (lambda: DPO(X, beta="0.1"), TypeError, "dpo_loss: beta must be a number, got str"),
+    (lambda: DPO(X, loss_type="robust"), ValueError, "dpo_loss: loss_type must be one of 'sigmoid', 'hinge', 'ipo'"),
+    (lambda: DPO(X, loss_type=["sigmoid"]), ValueError, "dpo_loss: loss_type must be one of"),
+    (
+        lambda: DPO(X, label_smoothing=0.5),
+        ValueError,
+        r"dpo_loss: label_smoothing must be .* in \[0\.0, 0\.5\), got 0\.5",
+    ),
+    (lambda: DPO(X, label_smoothing=-0.1), ValueError, "dpo_loss: label_smoothing must be"),
+    (
+        lambda: DPO(X, loss_type="hinge", label_smoothing=0.1),
+        ValueError,
+        "dpo_loss: label_smoothing is for loss_type='sigmoid'; 'hinge' has none, got 0.1",
+    ),
+    (lambda: DPO(X, loss_type="ipo"), ValueError, "dpo_loss: loss_type='ipo' divides by chosen_lengths"),
+    (lambda: DPO(X, chosen_lengths=Y), ValueError, r"dpo_loss: chosen_lengths must have shape \(4,\), got"),
+    (lambda: DPO(X, weights=Y), ValueError, r"dpo_loss: .*weights must have the same shape"),
+    (lambda: DPO(X, reduction="token"), ValueError, "dpo_loss: reduction must be one of 'mean', 'sum', 'none'"),
+    (lambda: KTO(None), TypeError, r"kto_loss: is_desirable must be a torch\.Tensor"),
+    (lambda: KTO(INT + 2), ValueError, "kto_loss: is_desirable must hold only 0 and 1"),
+    (lambda: KTO(Y > 0), ValueError, r"kto_loss: is_desirable must have shape \(4,\)"),
+    (lambda: KTO(INT, kl=Y), ValueError, r"kto_loss: kl must be one value or \(4,\), got float32 \(3,\)"),
+    (lambda: KTO(INT, kl="a"), TypeError, "kto_loss: kl must be a number"),
+    (lambda: KTO(INT, kl=INT), TypeError, "kto_loss: kl must be float16"),
+    (lambda: KTO(INT, desirable_weight=-1.0), ValueError, "kto_loss: desirable_weight must be"),
+    (lambda: KTO(INT, loss_type="bco"), ValueError, "kto_loss: loss_type must be one of 'kto', 'apo_zero_unpaired'"),
+    (lambda: losses.kto_kl(X, Y), ValueError, "kto_kl: kl_logps and ref_kl_logps must have the same shape"),
+    (
+        lambda: losses.orpo_loss(X, X, Y),
+        ValueError,
+        r"orpo_loss: chosen_nll must be a scalar or \(4,\), got float32 \(3,\)",
+    ),
+    (lambda: losses.orpo_loss(X, X, 1.0), TypeError, r"orpo_loss: chosen_nll must be a torch\.Tensor"),
+    (lambda: losses.orpo_loss(X, X, X, beta=-0.1), ValueError, "orpo_loss: beta must be"),
+    (
+        lambda: PPO(Y),
+        ValueError,
+        r"ppo_loss: advantages must be \(4, 3\), per token, or \(4,\), per sequence, got .*\(3,\)",
+    ),
+    (lambda: PPO(X, INT), ValueError, r"ppo_loss: mask must have shape \(4, 3\)"),
+    (lambda: PPO(X, GRID), ValueError, "ppo_loss: mask must hold only 0 and 1"),
+    (lambda: PPO(X, cliprange=1.5), ValueError, r"ppo_loss: cliprange must be a finite number in \[0\.0, 1\.0\]"),
+    (lambda: PPO(X, cliprange_high=-0.1), ValueError, "ppo_loss: cliprange_high must be"),
+    (lambda: PPO(X, delta=1.0), ValueError, r"ppo_loss: delta must be a finite number in \(1\.0, inf\]"),
+    (lambda: PPO(X, kl_coef=0.1), ValueError, r"ppo_loss: kl_coef=0\.1 needs ref_logps, got None"),
+    (lambda: PPO(X, kl_estimator="k4"), ValueError, "ppo_loss: kl_estimator must be one of 'k1', 'k2', 'k3'"),
+    (lambda: PPO(X, entropy_coef=0.1), ValueError, r"ppo_loss: entropy_coef=0\.1 needs entropy"),
+    (
+        lambda: PPO(X, values=GRID),
+        ValueError,
+        "ppo_loss: values, old_values and returns come together, got only values",
+    ),
+    (
+        lambda: PPO(X, values=GRID, old_values=GRID, returns=X),
+        ValueError,
+        r"ppo_loss: returns must|ppo_loss: .*same shape",
+    ),
+    (lambda: PPO(X, reduction="fixed"), ValueError, "ppo_loss: reduction must be one of 'token', 'sequence'"),
+    (lambda: PPO(X, reduction="none", normalizer=3), ValueError, "ppo_loss: reduction='none' divides by nothing"),
+    (lambda: PPO(X, normalizer=-3), ValueError, "ppo_loss: normalizer must be a finite number"),
+    (lambda: PPO(X, normalizer=torch.tensor(-3)), ValueError, "ppo_loss: normalizer must be finite and not negative"),
+    (lambda: PPO(X, normalizer=X), ValueError, "ppo_loss: normalizer must be a number or a tensor of one element"),
+    (lambda: losses.ppo_loss(X, X, X, reduction="sequence"), ValueError, "ppo_loss: logps is packed.*need cu_seqlens"),
+    (
+        lambda: losses.ppo_loss(X.requires_grad_(), X, X, **{**ENTROPY, "entropy": torch.zeros(4)}),
+        ValueError,
+        r"ppo_loss: entropy_coef=0\.1 needs an entropy with a gradient \(entropy_grad=True\)",
+    ),
+    (
+        lambda: losses.ppo_loss(X, X, X, reduction="none", values=X, old_values=X, returns=X),
+        ValueError,
+        "ppo_loss: reduction='none' is per token, without entropy and value terms",
+    ),
+    (
+        lambda: losses.ppo_loss(X, X, X, cu_seqlens=torch.tensor([0, 5])),
+        ValueError,
+        r"ppo_loss: cu_seqlens must start at 0, never decrease and end at the number of tokens 4, got \[0, 5\]",
+    ),
+    (
+        lambda: PPO(X, cu_seqlens=torch.tensor([0, 12])),
+        ValueError,
+        r"ppo_loss: logps must be packed \[N\], as cu_seqlens is given",
+    ),
+    (
+        lambda: losses.value_loss(GRID, GRID, X),
+        ValueError,
+        "value_loss: values, old_values, returns must have the same shape",
+    ),
+    (lambda: losses.value_loss(X, X, X, cliprange_value=0), ValueError, "value_loss: cliprange_value must be"),
+    (lambda: losses.sequence_logps(X), ValueError, r"sequence_logps: logps is packed.*cu_seqlens \[S \+ 1\]"),
+    (lambda: losses.sequence_logps(IDS), TypeError, "sequence_logps: logps must be float16"),
+    (lambda: losses.sequence_logps(GRID, targets=INT), ValueError, r"sequence_logps: targets must have shape \(4, 3\)"),
+    (lambda: losses.sequence_logps(GRID, targets=GRID), TypeError, "sequence_logps: targets must be int64 or int32"),
+    (lambda: losses.sequence_logps(torch.zeros(2, 3, 4)), ValueError, r"sequence_logps: logps must be padded \[B, T\]"),
+    (lambda: losses.pair_logps(GRID[:3]), ValueError, "pair_logps: pairs must come as 2B rows, .* got 3 rows"),
+    (lambda: losses.pair_logps(X, cu_seqlens=torch.tensor([0, 1, 2, 4])), ValueError, "pair_logps: .* got 3 rows"),
+    (
+        lambda: losses.pair_logps(GRID, ld_alpha=1.5),
+        ValueError,
+        r"pair_logps: ld_alpha must be a finite number in \[0\.0, 1",
+    ),
+    (lambda: losses.shift_labels(GRID), TypeError, "shift_labels: input_ids must be int64 or int32"),
+    (lambda: losses.shift_labels(IDS, cu_seqlens=INT), ValueError, r"shift_labels: input_ids must be packed \[N\]"),
+    (lambda: losses.shift_labels(IDS, mask=INT), ValueError, r"shift_labels: mask must have shape \(4, 3\)"),
+    (lambda: losses.DPOLoss(loss_type="bogus"), ValueError, "DPOLoss: loss_type must be one of"),
+    (lambda: losses.KTOLoss(beta=-1.0), ValueError, "KTOLoss: beta must be"),
+    (lambda: losses.ORPOLoss(reduction="all"), ValueError, "ORPOLoss: reduction must be one of"),
+    (lambda: losses.PPOLoss(delta=0.5), ValueError, "PPOLoss: delta must be"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS)
+def test_refused(call, error, message) -> None:
+    with pytest.raises(error, match=rf"^prefkern\.{message}"):
+        call()
+
+
+def test_values_are_not_read_off_the_cpu() -> None:
+    """On an accelerator reading a value would wait for the device: only shapes, dtypes and devices are checked."""
+    x, bad = torch.zeros(4, device="meta"), torch.full((4,), 7, device="meta")
+    assert losses.kto_loss(x, x, bad).loss.device.type == "meta"
+    cu = torch.zeros(3, dtype=torch.long, device="meta")
+    assert losses.ppo_loss(x, x, x, bad, cu_seqlens=cu, normalizer=torch.zeros((), device="meta")).loss.shape == ()

@@ -1,7 +1,9 @@
 """What the public functions return, and the literals they accept. Results are read by name, never by position."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 Output = Literal["logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
@@ -55,3 +57,17 @@ class RowStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
+
+
+class Advantages(NamedTuple):
+    """Advantages and returns, of the rewards' kind (numpy, torch, list, Arrow), dtype and shape; 0 where masked."""
+
+    advantages: Any
+    returns: Any
+
+
+class Packs(NamedTuple):
+    """Items in bins, int64: bin b holds the items ``order[offsets[b] : offsets[b + 1]]``."""
+
+    order: NDArray[np.int64]
+    offsets: NDArray[np.int64]

@@ -1,0 +1,56 @@
+"""The compiled module. Arrays are contiguous and aligned; the wrappers in `prefkern.data` see to it."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from numpy import float32, float64, int32, int64, uint8
+from numpy.typing import NDArray
+
+__all__ = ["collate_pairs", "flatten", "gae", "pack", "pair_lengths"]
+
+def gae(
+    rewards: NDArray[float32] | NDArray[float64],
+    values: NDArray[float32] | NDArray[float64],
+    advantages: NDArray[float32] | NDArray[float64],
+    returns: NDArray[float32] | NDArray[float64],
+    *,
+    gamma: float,
+    lam: float,
+    masked: Literal["skip", "zero", "none"],
+    terminated: NDArray[uint8] | None = None,
+    mask: NDArray[uint8] | None = None,
+    bootstrap: NDArray[float32] | NDArray[float64] | None = None,
+    cu_seqlens: NDArray[int64] | None = None,
+    threads: int = 1,
+) -> None: ...
+def pack(lengths: NDArray[int64], capacity: int, order: NDArray[int64], offsets: NDArray[int64]) -> tuple[int, int]: ...
+def pair_lengths(
+    offsets: Sequence[NDArray[int64]],
+    lengths: NDArray[int64],
+    *,
+    max_length: int | None,
+    keep_end: bool,
+    interleaved: bool,
+) -> None: ...
+def collate_pairs(
+    ids: Sequence[NDArray[int32] | NDArray[int64]],
+    offsets: Sequence[NDArray[int64]],
+    input_ids: NDArray[int64],
+    completion_mask: NDArray[int64],
+    tokens: NDArray[int64],
+    *,
+    pad_token_id: int,
+    max_length: int | None,
+    keep_end: bool,
+    interleaved: bool,
+    cu_seqlens: NDArray[int64] | None = None,
+    threads: int = 1,
+) -> None: ...
+def flatten(
+    place: str,
+    name: str,
+    rows: list[Any] | tuple[Any, ...],
+    values: NDArray[int64] | NDArray[float64],
+    integers: bool,
+    nested: bool,
+) -> None: ...

@@ -1,0 +1,11 @@
+//! Bindings: arguments are read as slices and checked, the interpreter is released, and the work is called.
+
+pub mod collate;
+pub mod gae;
+pub mod lists;
+pub mod packing;
+
+use pyo3::prelude::*;
+
+/// An argument that must be an array.
+type Array<'a, 'py> = &'a Bound<'py, PyAny>;

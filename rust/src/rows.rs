@@ -1,0 +1,221 @@
+//! Rows of a batch: padded or packed, and how they are shared between threads.
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::thread;
+
+/// Starting a thread pays above about this much memory for each.
+const BYTES_PER_THREAD: usize = 1 << 20;
+/// The least number of cells in a task, so that handing tasks out costs nothing beside them.
+const CELLS_PER_TASK: usize = 1 << 15;
+
+/// Where each row lies in a flat array.
+#[derive(Clone, Copy)]
+pub enum Rows<'a> {
+    Padded { rows: usize, width: usize },
+    Packed(&'a [i64]),
+}
+
+impl<'a> Rows<'a> {
+    /// Offsets that start at 0, never decrease and end at `total`, or what is wrong with them.
+    pub fn packed(name: &str, offsets: &'a [i64], total: usize) -> Result<Self, String> {
+        check_offsets(name, offsets)?;
+        if offsets[0] != 0 {
+            return Err(format!("{name} must start at 0, got {}", offsets[0]));
+        }
+        let last = offsets[offsets.len() - 1];
+        if last as usize != total {
+            return Err(format!(
+                "{name} must end at the number of tokens {total}, got {last}"
+            ));
+        }
+        Ok(Rows::Packed(offsets))
+    }
+
+    pub fn len(&self) -> usize {
+        match self {
+            Rows::Padded { rows, .. } => *rows,
+            Rows::Packed(offsets) => offsets.len() - 1,
+        }
+    }
+
+    pub fn range(&self, row: usize) -> Range<usize> {
+        match self {
+            Rows::Padded { width, .. } => row * width..(row + 1) * width,
+            Rows::Packed(offsets) => offsets[row] as usize..offsets[row + 1] as usize,
+        }
+    }
+
+    /// The number of cells.
+    pub fn total(&self) -> usize {
+        match self.len() {
+            0 => 0,
+            rows => self.range(rows - 1).end,
+        }
+    }
+
+    /// Consecutive groups of rows of about equal size, several for each thread.
+    pub fn groups(&self, threads: usize) -> Vec<Range<usize>> {
+        let target = if threads <= 1 {
+            usize::MAX
+        } else {
+            (self.total() / (4 * threads)).max(CELLS_PER_TASK)
+        };
+        let mut groups = Vec::new();
+        let (mut first, mut cells) = (0, 0);
+        for row in 0..self.len() {
+            cells += self.range(row).len();
+            if cells >= target {
+                groups.push(first..row + 1);
+                (first, cells) = (row + 1, 0);
+            }
+        }
+        if first < self.len() {
+            groups.push(first..self.len());
+        }
+        groups
+    }
+}
+
+/// One offset more than rows, none negative, none below the one before it.
+pub fn check_offsets(name: &str, offsets: &[i64]) -> Result<(), String> {
+    match offsets.first() {
+        None => {
+            return Err(format!(
+                "{name} must hold one offset more than there are rows, got none"
+            ));
+        }
+        Some(&first) if first < 0 => {
+            return Err(format!("{name} must not be negative, got {first}"));
+        }
+        _ => {}
+    }
+    match offsets.windows(2).position(|pair| pair[1] < pair[0]) {
+        Some(row) => Err(format!(
+            "{name} must never decrease, got {} after {} at row {row}",
+            offsets[row + 1],
+            offsets[row]
+        )),
+        None => Ok(()),
+    }
+}
+
+/// `row 3`, `rows 3 and 5`, `rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more`.
+pub fn name_rows(rows: &[usize]) -> String {
+    const SHOWN: usize = 8;
+    let texts: Vec<String> = rows.iter().take(SHOWN).map(usize::to_string).collect();
+    match (texts.as_slice(), rows.len()) {
+        ([one], _) => format!("row {one}"),
+        (all, count) if count > SHOWN => {
+            format!("rows {} and {} more", all.join(", "), count - SHOWN)
+        }
+        ([most @ .., last], _) => format!("rows {} and {last}", most.join(", ")),
+        ([], _) => "no row".to_owned(),
+    }
+}
+
+/// How many of the `allowed` threads `bytes` of memory traffic are worth.
+pub fn worthwhile_threads(bytes: usize, allowed: usize) -> usize {
+    (bytes / BYTES_PER_THREAD).clamp(1, allowed.max(1))
+}
+
+/// Runs `work` on every part. Threads live only for this call, so that forked processes inherit none; the calling thread
+/// works too, so that a refused thread costs speed and nothing else.
+pub fn share<P: Send>(parts: Vec<P>, threads: usize, work: impl Fn(P) + Sync) {
+    let helpers = threads.min(parts.len()).saturating_sub(1);
+    let queue = Mutex::new(parts.into_iter());
+    let take = || queue.lock().ok()?.next();
+    let drain = || {
+        while let Some(part) = take() {
+            work(part);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..helpers {
+            if thread::Builder::new().spawn_scoped(scope, drain).is_err() {
+                break;
+            }
+        }
+        drain();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn groups_cover_every_row_once_and_in_order() {
+        let offsets: Vec<i64> = (0..=300).map(|row| row * row * 7).collect();
+        for rows in [
+            Rows::Packed(&offsets),
+            Rows::Padded {
+                rows: 77,
+                width: 5000,
+            },
+            Rows::Padded { rows: 9, width: 0 },
+        ] {
+            for threads in [1, 2, 5] {
+                let covered: Vec<usize> = rows.groups(threads).into_iter().flatten().collect();
+                assert_eq!(covered, (0..rows.len()).collect::<Vec<_>>());
+            }
+        }
+        assert!(
+            Rows::Padded {
+                rows: 77,
+                width: 5000
+            }
+            .groups(2)
+            .len()
+                > 2
+        );
+    }
+
+    #[test]
+    fn offsets_are_checked() {
+        assert!(Rows::packed("o", &[0, 2, 2, 5], 5).is_ok());
+        let message = |offsets: &[i64]| Rows::packed("o", offsets, 5).err().unwrap();
+        assert_eq!(
+            message(&[]),
+            "o must hold one offset more than there are rows, got none"
+        );
+        assert_eq!(message(&[1, 5]), "o must start at 0, got 1");
+        assert_eq!(message(&[-1, 5]), "o must not be negative, got -1");
+        assert_eq!(
+            message(&[0, 4, 3, 5]),
+            "o must never decrease, got 3 after 4 at row 1"
+        );
+        assert_eq!(
+            message(&[0, 4]),
+            "o must end at the number of tokens 5, got 4"
+        );
+    }
+
+    #[test]
+    fn every_part_is_worked_on_once() {
+        let sum = AtomicUsize::new(0);
+        share((0..1000).collect(), 4, |part| {
+            sum.fetch_add(part, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 499_500);
+    }
+
+    #[test]
+    fn small_work_stays_on_one_thread() {
+        assert_eq!(worthwhile_threads(BYTES_PER_THREAD, 8), 1);
+        assert_eq!(worthwhile_threads(3 * BYTES_PER_THREAD, 8), 3);
+        assert_eq!(worthwhile_threads(100 * BYTES_PER_THREAD, 8), 8);
+        assert_eq!(worthwhile_threads(100 * BYTES_PER_THREAD, 0), 1);
+    }
+
+    #[test]
+    fn rows_are_named() {
+        assert_eq!(name_rows(&[3]), "row 3");
+        assert_eq!(name_rows(&[3, 5]), "rows 3 and 5");
+        assert_eq!(
+            name_rows(&(0..20).collect::<Vec<_>>()),
+            "rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+        );
+    }
+}

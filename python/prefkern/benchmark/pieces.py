@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern import plan
 from prefkern.benchmark.measure import OUT_OF_TIME, Budget, Spread, Step, time_repeated
 from prefkern.benchmark.operands import Shape
 from prefkern.types import RowStats
@@ -115,7 +114,7 @@ def row_kernels(
 
 def fold_kernels(fold: Any, shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> Iterator[Piece]:
     """The fold of float32 logit tiles, of as many rows as a chunk of the head has, and of more."""
-    for C in sorted({min(shape.N, plan.chunk_rows(shape.V, 4)), min(shape.N, 4096)}):
+    for C in sorted({min(shape.N, rows) for rows in (256, 4096)}):
         yield from _fold(fold, C, shape.V, dtype, device, budget)
 
 

@@ -39,6 +39,6 @@ def save(results: dict[str, Any], path: Path) -> None:
         for axis in (times, memory):
             axis.tick_params(labelsize=8)
     machine = results["machine"]
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['processor']}, threads {machine['threads']}"
     figure.suptitle(f"prefkern {results['versions']['prefkern']} on {where}, {results['date'][:10]}", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -73,6 +73,9 @@ def test_divide_by_zero_has_zero_gradient() -> None:
     total = torch.tensor([3.0, 5.0], requires_grad=True)
     divide(total, torch.tensor([0, 2])).sum().backward()
     assert total.grad.tolist() == [0.0, 0.5]
+    total.grad = None
+    divide(total, 0).sum().backward()
+    assert divide(total, 0).tolist() == total.grad.tolist() == [0.0, 0.0]
 
 
 def test_masked_values_never_leak() -> None:

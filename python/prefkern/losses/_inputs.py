@@ -110,8 +110,9 @@ def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tenso
     return value
 
 
-def normalizer(where: str, value: Tensor | float | None, reduction: str) -> Tensor | float | None:
-    """A count to divide by: a number or a tensor of one element, not negative (a tensor's value: on the CPU only)."""
+def normalizer(where: str, value: Tensor | float | None, reduction: str, like: Tensor) -> Tensor | float | None:
+    """A count to divide by: a number or a tensor of one element, brought to the device of ``like``; not negative (of a
+    tensor checked on the CPU only)."""
     if value is None:
         return None
     if reduction in ("none", "sum"):
@@ -122,4 +123,4 @@ def normalizer(where: str, value: Tensor | float | None, reduction: str) -> Tens
         _check.fail(where, f"normalizer must be a number or a tensor of one element, got {_check.describe(value)}")
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= value.item() < float("inf"):
         _check.fail(where, f"normalizer must be finite and not negative, got {value.item()}")
-    return value.detach().reshape(())
+    return value.detach().reshape(()).to(like.device, non_blocking=True)

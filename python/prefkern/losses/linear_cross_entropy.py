@@ -53,8 +53,8 @@ def linear_cross_entropy(
     """
     where = "linear_cross_entropy"
     _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
-    normalizer = _inputs.normalizer(where, normalizer, reduction)
     _inputs.required(where, targets=targets)
+    normalizer = _inputs.normalizer(where, normalizer, reduction, targets)
     _check.integer(where, targets=targets)
     _check.floating(where, token_weights=token_weights)
     _check.same_shape(where, targets=targets, token_weights=token_weights)

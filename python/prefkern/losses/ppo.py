@@ -90,7 +90,7 @@ def ppo_loss(
     _check_terms(where, logps, ref_logps, kl_coef, entropy, entropy_coef, values, old_values, returns, reduction)
     if reduction.startswith("sequence"):
         _inputs.sequences(where, "logps", logps, cu_seqlens)
-    normalizer = _inputs.normalizer(where, normalizer, reduction)
+    normalizer = _inputs.normalizer(where, normalizer, reduction, logps)
     advantages = _inputs.spread(where, "advantages", advantages, logps, cu_seqlens)
     mask = _inputs.scored(where, logps, mask, None)
     value_mask = mask if value_mask is None else _inputs.scored(where, logps, value_mask, None, name="value_mask")
@@ -144,7 +144,7 @@ def value_loss(
     _check.number(where, "cliprange_value", cliprange_value, low=0.0, open_low=True)
     _inputs.tokens(where, cu_seqlens, values=values, old_values=old_values, returns=returns)
     mask = _inputs.scored(where, values, mask, None)
-    normalizer = _inputs.normalizer(where, normalizer, "token")
+    normalizer = _inputs.normalizer(where, normalizer, "token", values)
     return _value(values, old_values, returns, mask, cliprange_value, normalizer, metrics)
 
 

@@ -1,0 +1,202 @@
+"""TRL: one replacement gives its SFT, DPO, KTO, GRPO and RLOO trainers prefkern's head.
+
+    import prefkern
+
+    prefkern.integrations.trl.patch()
+    trl.DPOTrainer(...).train()
+
+TRL 1.15 and 1.16 compute the log-probabilities of all these trainers in one autograd function, which spends four matrix
+products on a training step (the logits twice) and rounds 16-bit logits. In its place stands `linear_token_logprobs`:
+three products, exact logits, and rows held only as far as TRL's own peak memory allows. Trainers that exist already are
+reached too: TRL looks the function up at every call.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from prefkern._check import MissingDependency, fail, require
+from prefkern.integrations import trl_memory
+from prefkern.logprobs import linear_token_logprobs
+
+__all__ = ["MissingDependency", "Patch", "patch", "unpatch"]
+
+_WHERE = "integrations.trl"
+_FIRST, _BELOW = (1, 15), (1, 17)
+_WORKS = "TRL 1.15 and 1.16 (pip install 'trl>=1.15,<1.17')"
+_ARGUMENTS = [
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+]
+_FIELDS = {
+    "log_probs": "logps",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+_NO_TARGET = -(1 << 62)  # TRL passes scored rows only: no target may mean "ignored"
+
+
+class _Head:
+    """Stands where TRL has its autograd function: the same ``apply``, positional arguments and five results."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def apply(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = tuple(_FIELDS)[1:],
+    ) -> tuple[Tensor | None, ...]:
+        if hasattr(weight, "ds_id"):
+            fail(
+                _WHERE,
+                "DeepSpeed ZeRO-3 takes the head's weight away between forward and backward, which this version does "
+                "not support: train with ZeRO-2 or FSDP2, or call unpatch()",
+            )
+        self.calls += 1
+        with _kept_on_device():
+            stats = linear_token_logprobs(
+                hidden,
+                weight,
+                targets,
+                bias=bias,
+                temperature=float(temperature),
+                logit_scale=float(logit_scale),
+                softcap=final_logit_softcapping,
+                ignore_index=_NO_TARGET,
+                outputs=[_FIELDS[name] for name in ("log_probs", *outputs)],  # type: ignore[misc]
+                entropy_grad="entropy" in outputs,
+                max_memory=trl_memory.budget(hidden, weight),
+                num_scored=targets.shape[0],
+            )
+        return tuple(getattr(stats, field) for field in _FIELDS.values())
+
+
+def _kept_on_device() -> AbstractContextManager[Any]:
+    """What the head saves stays where it is, also under hooks that would offload it: the held tile is the largest
+    tensor of the step and is needed first in the backward. In-place changes are still found, as without hooks."""
+    return nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_keep, _kept)
+
+
+def _keep(saved: Tensor) -> tuple[Tensor, int]:
+    return saved, saved._version
+
+
+def _kept(packed: tuple[Tensor, int]) -> Tensor:
+    saved, version = packed
+    if saved._version != version:
+        raise RuntimeError(
+            f"prefkern: a tensor of shape {tuple(saved.shape)} needed for the gradient of the log-probabilities was "
+            "modified in place after the forward pass (an optimizer step before backward does that)"
+        )
+    return saved
+
+
+_head = _Head()
+_replaced: dict[str, Any] = {}
+
+
+class Patch:
+    """What `patch` returns. As a context manager it ends the replacement at the end of the block, if it began it."""
+
+    def __init__(self) -> None:
+        self._began = _install()
+        self._calls = _head.calls
+
+    @property
+    def calls(self) -> int:
+        """Calls of the head that prefkern has served since this `patch`."""
+        return _head.calls - self._calls
+
+    def __enter__(self) -> "Patch":
+        self._began = _install() or self._began
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._began:
+            self._began = False
+            unpatch()
+
+
+def patch() -> Patch:
+    """Replaces TRL's head in this process, for trainers made before and after; patching twice changes nothing.
+
+    Supports gradient checkpointing of the backbone, activation offloading, gradient accumulation, autocast, softcap,
+    logit scale, PEFT adapters outside the head, and the entropy as a metric or with a gradient. On the CPU only the
+    scored positions are computed; TRL's own path computes all of them there.
+
+    Raises:
+        MissingDependency: TRL is not installed.
+        ImportError: its version is not one of those that this replacement is known to fit.
+    """
+    return Patch()
+
+
+def unpatch() -> None:
+    """Gives TRL its own head back; does nothing where `patch` is not in force."""
+    if not _replaced:
+        return
+    utils = require("trl.trainer.utils", *_INSTALL)
+    for name, value in _replaced.items():
+        setattr(utils, name, value)
+    _replaced.clear()
+
+
+_INSTALL = ("prefkern.integrations.trl", "pip install 'prefkern[trl]'")
+
+
+def _install() -> bool:
+    """Replaces TRL's function; False where that was done before."""
+    if _replaced:
+        return False
+    utils: Any = _supported_trl()
+    _replaced["_ChunkedLogProbFunction"] = utils._ChunkedLogProbFunction
+    utils._ChunkedLogProbFunction = _head
+    compacts = getattr(utils, "_use_triton", None)
+    if compacts is not None:  # TRL's switch for handing over scored positions only
+        _replaced["_use_triton"] = compacts
+        utils._use_triton = lambda device: device.type == "cpu" or compacts(device)
+    return True
+
+
+def _supported_trl() -> ModuleType:
+    """TRL's module, if its version and the signature of its function are those this file was written for."""
+    utils = require("trl.trainer.utils", *_INSTALL)
+    version = importlib.metadata.version("trl")
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    function = getattr(utils, "_ChunkedLogProbFunction", None)
+    if function is None and numbers == _FIRST:
+        require("triton", "TRL 1.15's head", "pip install triton")
+    found = "" if function is None else ", ".join(inspect.signature(function.forward).parameters)
+    if not _FIRST <= numbers < _BELOW or found != _SIGNATURE:
+        raise ImportError(
+            f"prefkern.{_WHERE}: TRL {version} is not known to fit this replacement, which works with {_WORKS}; "
+            "nothing was replaced"
+        )
+    return utils

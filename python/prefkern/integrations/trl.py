@@ -31,18 +31,9 @@ __all__ = ["MissingDependency", "Patch", "patch", "unpatch"]
 _WHERE = "integrations.trl"
 _FIRST, _BELOW = (1, 15), (1, 17)
 _WORKS = "TRL 1.15 and 1.16 (pip install 'trl>=1.15,<1.17')"
-_ARGUMENTS = [
-    "ctx",
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-]
+_SIGNATURE = (
+    "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs"
+)
 _FIELDS = {
     "log_probs": "logps",
     "entropy": "entropy",

@@ -7,7 +7,7 @@ PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 
-.PHONY: help setup demo test test-python test-rust bench lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo test test-python test-rust bench measure lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -57,6 +57,10 @@ test-rust: setup
 
 bench: setup ## the side-by-side benchmark: naive eager, TRL, Liger, prefkern
 	@$(BIN)/python -m prefkern bench $(ARGS)
+
+measure: setup ## run the benchmark and rewrite the measured tables of README.md and docs/measured.md
+	@$(BIN)/python -m prefkern bench --json --plot --output bench/results/cpu
+	@$(BIN)/python tools/measured.py
 
 wheel: setup ## build the wheel into dist/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --out dist

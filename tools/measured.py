@@ -1,0 +1,150 @@
+"""Writes the measured tables into README.md and docs/measured.md, between their ``<!-- begin: NAME -->`` markers.
+
+Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
+(``python -m prefkern bench --json``), ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/
+compile.md`` (``tools/compile_report.py --markdown``) and ``bench/results/demo.md`` (``python -m prefkern demo``).
+``--check`` writes nothing and fails where a file would change.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefkern.benchmark.report import si_bytes, si_seconds
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+SHOWN = ("naive eager", "naive eager, 16-bit", "TRL", "Liger", "prefkern")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    align = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, align, *rows))
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def case_rows(case: dict[str, Any], names: tuple[str, ...]) -> list[list[str]]:
+    rows = []
+    for entry in case["contenders"]:
+        if entry["seconds"] is None or not entry["name"].startswith(names):
+            continue
+        errors = entry["errors"]
+        rows.append(
+            [
+                entry["name"] if entry["name"] != "prefkern" else "**prefkern**",
+                si_seconds(entry["seconds"]["median"]),
+                _cell(entry["times_eager"], ".2f"),
+                _cell(entry["times_floor"], ".2f"),
+                "-" if entry["extra_bytes"] is None else si_bytes(entry["extra_bytes"]),
+                _cell(errors["logps"], ".0e"),
+                _cell(errors["grad_hidden"], ".0e"),
+                _cell(errors["grad_weight"], ".0e"),
+                _cell(entry["products"], ".3g"),
+            ]
+        )
+    return rows
+
+
+COLUMNS = [
+    "",
+    "time",
+    "x eager",
+    "x bare products",
+    "extra memory",
+    "log-prob error",
+    "grad hidden",
+    "grad weight",
+    "products",
+]
+
+
+def about(results: dict[str, Any]) -> str:
+    machine = ", ".join(f"{value}" for value in results["machine"].values() if value)
+    versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items() if value)
+    return f"{results['date'][:10]}; {machine}; {versions}; medians of {results['rounds']} interleaved rounds."
+
+
+def full_tables(results: dict[str, Any]) -> str:
+    parts = [about(results)]
+    for case in results["cases"]:
+        floor = case["floor_seconds"]
+        title = f"**{case['dtype']}, {case['head']}**: N = {case['tokens']}, H = {case['hidden']}, V = {case['vocab']}"
+        if floor is not None:
+            title += f"; {case['floor_products']} bare products: {si_seconds(floor['median'])}"
+        parts += [title, table(COLUMNS, case_rows(case, SHOWN))]
+    return "\n\n".join(parts)
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """The trainable and the frozen head, both dtypes, without the gradient columns."""
+    keep = [0, 1, 2, 4, 5, 8]
+    rows = []
+    for case in results["cases"]:
+        rows.append([f"*{case['dtype']}, {case['head']}*", *[""] * (len(keep) - 1)])
+        rows += [[row[i] for i in keep] for row in case_rows(case, ("naive eager", "TRL", "Liger", "prefkern"))]
+    shape = results["cases"][0]
+    intro = (
+        f"Log-probabilities and their backward, N = {shape['tokens']}, H = {shape['hidden']}, V = {shape['vocab']}, "
+        f"per-token upstream gradient. {about(results)}"
+    )
+    return intro + "\n\n" + table([COLUMNS[i] for i in keep], rows)
+
+
+def pieces_table(results: dict[str, Any]) -> str:
+    rows = []
+    for piece in results["pieces"]:
+        if piece["seconds"] is None:
+            continue
+        rate = f"{piece['rate'] / 1e9:.0f} GB/s" if piece["unit"] == "B/s" else f"{piece['rate'] / 1e12:.0f} TFLOP/s"
+        share = "-" if piece["share_of_copy"] is None else f"{100 * piece['share_of_copy']:.0f} %"
+        rows.append([piece["name"], piece["shape"], si_seconds(piece["seconds"]["median"]), rate, share])
+    return table(["piece", "shape", "time", "rate", "of copy bandwidth"], rows)
+
+
+def sections() -> dict[str, str]:
+    found: dict[str, str] = {}
+    cpu, gpu = RESULTS / "cpu" / "bench.json", RESULTS / "gpu" / "bench.json"
+    if cpu.exists():
+        results = json.loads(cpu.read_text())
+        found |= {"head-cpu": readme_table(results), "head-cpu-full": full_tables(results)}
+    if gpu.exists():
+        results = json.loads(gpu.read_text())
+        found |= {"head-gpu-full": full_tables(results), "pieces-gpu": pieces_table(results)}
+    for name in ("mutants", "compile", "demo"):
+        path = RESULTS / f"{name}.md"
+        if path.exists():
+            found[name] = path.read_text().strip()
+    return found
+
+
+def fill(text: str, found: dict[str, str]) -> str:
+    for name, body in found.items():
+        pattern = re.compile(rf"(<!-- begin: {re.escape(name)} -->\n).*?(<!-- end: {re.escape(name)} -->)", re.DOTALL)
+        text = pattern.sub(lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a file would change; write nothing")
+    check = parser.parse_args().check
+    found, stale = sections(), []
+    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md"):
+        old = path.read_text()
+        new = fill(old, found)
+        if new != old:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
+    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Every kernel case runs twice: in the interpreter, and (``-m gpu``) on a CUDA device when there is one."""
+
+import os
+
+import pytest
+import torch
+
+ROWS = 12
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels run. In the interpreter their tiles are small, so that few elements make several of them."""
+    if request.param != "interpreter":
+        return torch.device(request.param)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled where there is a CUDA device")
+    import interpreter
+
+    from prefkern.kernels import fold, fold_bwd, rowwise
+    from prefkern.kernels._launch import Tile
+
+    interpreter.install()
+    narrow, wide = Tile(16, 8, 1, 1), Tile(16, 4, 1, 1)
+    for module, name in ((rowwise, "FORWARD"), (rowwise, "BACKWARD"), (fold_bwd, "HELD_BACKWARD")):
+        monkeypatch.setattr(module, name, {2: narrow, 4: wide})
+    monkeypatch.setattr(fold, "FORWARD", wide)
+    monkeypatch.setattr(fold_bwd, "TILE_BACKWARD", wide)
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def columns(device: torch.device) -> int:
+    """A vocabulary of at least two tiles and a ragged tail, odd, so that rows are not aligned."""
+    return 301 if device.type == "cpu" else 8493

@@ -1,0 +1,141 @@
+"""What `compile_report.py` compiles: every kernel in its real specialisations, as the launchers would call it.
+
+No torch here: an old Triton is tried in an environment that has none. The kernels are loaded through a bare package, so
+that ``prefkern/__init__.py`` (which imports torch) does not run.
+"""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent / "python" / "prefkern"
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Spec(NamedTuple):
+    """One specialisation: a kernel, what its pointers point to (absent ones are None), its flags and tile."""
+
+    kernel: Any
+    name: str  # the kernel's, shortened
+    label: str
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    bytes_per_element: int  # read in a main loop
+    instructions: float  # ceiling, per element of a main loop
+    registers: int  # ceiling
+
+
+def load(name: str) -> types.ModuleType:
+    """``prefkern.kernels.<name>`` without running ``prefkern/__init__.py``."""
+    for package, path in (("prefkern", ROOT), ("prefkern.kernels", ROOT / "kernels")):
+        if package not in sys.modules:
+            bare = types.ModuleType(package)
+            bare.__path__ = [str(path)]
+            sys.modules[package] = bare
+    return importlib.import_module(f"prefkern.kernels.{name}")
+
+
+def specs() -> list[Spec]:
+    return [*_rowwise(), *_fold()]
+
+
+_STATS = {"logps_ptr": "fp32", "row_max_ptr": "fp32", "log_sum_ptr": "fp32"}
+_OPTIONAL = {"entropy_ptr": "fp32", "log_sq_ptr": "fp32", "mean_ptr": "fp32", "top1_ptr": "i1"}
+_FLAGS = ("HAS_ENTROPY", "HAS_SQ", "HAS_MEAN", "HAS_TOP1")
+
+
+def _spec(
+    module: Any, name: str, label: str, tile: Any, reads: int, ceiling: float, pointers: dict[str, str], **flags: Any
+) -> Spec:
+    kernel = getattr(module, f"_{name}_kernel")
+    constants = {flag: flags.get(flag, False) for flag in kernel.arg_names if flag.startswith("HAS_")}
+    constants |= {"LANES": tile.lanes, "PER_LANE": tile.per_lane, "STAGES": tile.num_stages}
+    # with 64 registers four blocks of 256 threads share a multiprocessor; the softcap is bound by its arithmetic
+    registers = 80 if flags.get("HAS_SOFTCAP") else 64
+    return Spec(kernel, name, label, pointers, constants, tile.num_warps, reads, ceiling, registers)
+
+
+def _optional(wanted: str) -> tuple[dict[str, str], dict[str, bool]]:
+    """``"eqmt"``: entropy, log sum p^2, mean logit, top-1."""
+    chosen = [letter in wanted for letter in "eqmt"]
+    pointers = {name: kind for (name, kind), on in zip(_OPTIONAL.items(), chosen, strict=True) if on}
+    return pointers, dict(zip(_FLAGS, chosen, strict=True))
+
+
+def _rowwise() -> list[Spec]:
+    module = load("rowwise")
+    out = []
+    for dtype, wanted, softcap, ceiling in (
+        ("bf16", "", False, 8.5),
+        ("bf16", "e", False, 11.5),
+        ("bf16", "eqmt", False, 15.0),
+        ("bf16", "e", True, 35.0),
+        ("fp16", "e", False, 11.5),
+        ("fp32", "e", False, 12.0),
+    ):
+        pointers, flags = _optional(wanted)
+        label = f"{dtype}{' entropy' if wanted == 'e' else ' all' if wanted else ''}{' softcap' if softcap else ''}"
+        pointers = {"logits_ptr": dtype, "targets_ptr": "i64"} | _STATS | pointers
+        size = SIZES[dtype]
+        out.append(
+            _spec(
+                module,
+                "logprobs_fwd",
+                label,
+                module.FORWARD[size],
+                size,
+                ceiling,
+                pointers,
+                HAS_SOFTCAP=softcap,
+                **flags,
+            )
+        )
+    for dtype, entropy, softcap, ceiling in (
+        ("bf16", False, False, 10.5),
+        ("bf16", True, False, 16.0),
+        ("bf16", True, True, 44.0),
+        ("fp16", True, False, 15.5),
+        ("fp32", True, False, 14.0),
+    ):
+        label = f"{dtype}{' entropy' if entropy else ''}{' softcap' if softcap else ''}"
+        pointers = {"logits_ptr": dtype, "targets_ptr": "i64", "c_ptr": "fp32", "grad_ptr": dtype} | _STATS
+        pointers |= {"entropy_ptr": "fp32", "e_ptr": "fp32"} if entropy else {}
+        size = SIZES[dtype]
+        flags = {"HAS_SOFTCAP": softcap, "HAS_E": entropy}
+        out.append(_spec(module, "logprobs_bwd", label, module.BACKWARD[size], size, ceiling, pointers, **flags))
+    return out
+
+
+def _fold() -> list[Spec]:
+    module, backward = load("fold"), load("fold_bwd")
+    out = []
+    for held, wanted, bias, softcap, ceiling in (
+        (None, "", False, False, 9.5),
+        ("bf16", "", False, False, 9.5),
+        ("bf16", "e", False, False, 13.0),
+        ("fp32", "e", False, False, 13.0),
+        ("bf16", "eqmt", True, True, 42.0),
+    ):
+        pointers, flags = _optional(wanted)
+        label = f"held {held or 'none'}{' entropy' if wanted == 'e' else ' all' if wanted else ''}"
+        label += f"{' bias' if bias else ''}{' softcap' if softcap else ''}"
+        pointers = {"tile_ptr": "fp32", "targets_ptr": "i64"} | _STATS | pointers
+        pointers |= ({"held_ptr": held} if held else {}) | ({"bias_ptr": "fp32"} if bias else {})
+        reads = 8 if bias else 4
+        flags |= {"HAS_HELD": held is not None, "HAS_BIAS": bias, "HAS_SOFTCAP": softcap}
+        out.append(_spec(module, "tile_fwd", label, module.FORWARD, reads, ceiling, pointers, **flags))
+    for dtype, c, e, softcap, ceiling in (("bf16", False, False, False, 8.0), ("bf16", True, True, True, 44.0)):
+        label = f"{dtype}{' c' if c else ''}{' e' if e else ''}{' softcap' if softcap else ''}"
+        pointers = {"tile_ptr": "fp32", "targets_ptr": "i64", "out_ptr": dtype} | _STATS
+        pointers |= ({"c_ptr": "fp32"} if c else {}) | ({"e_ptr": "fp32", "entropy_ptr": "fp32"} if e else {})
+        flags = {"HAS_C": c, "HAS_E": e, "HAS_SOFTCAP": softcap}
+        out.append(_spec(backward, "tile_bwd", label, backward.TILE_BACKWARD, 4, ceiling, pointers, **flags))
+    for dtype in ("bf16", "fp32"):
+        pointers = dict.fromkeys(("logps_ptr", "entropy_ptr", "c_ptr", "e_ptr"), "fp32")
+        pointers |= {"held_ptr": dtype, "targets_ptr": "i64", "out_ptr": dtype}
+        size = SIZES[dtype]
+        out.append(_spec(backward, "held_bwd", dtype, backward.HELD_BACKWARD[size], size, 26.5, pointers))
+    return out

@@ -243,3 +243,10 @@ def test_metrics_can_be_left_out() -> None:
     assert orpo_loss(x, x, x, metrics=False).metrics == {}
     assert ppo_loss(x, x, x, ref_logps=x, values=x, old_values=x, returns=x, metrics=False).metrics == {}
     assert value_loss(x, x, x, metrics=False).metrics == {}
+
+
+def test_accuracy_is_a_strictly_larger_reward() -> None:
+    chosen, rejected = -torch.tensor([1.0, 1.0, 1.0, 1.1]), -torch.tensor([1.0, 1.1, 0.9, 1.0])
+    zero = torch.zeros(4)
+    assert dpo_loss(chosen, rejected, zero, zero).metrics["rewards/accuracies"].item() == 0.25
+    assert orpo_loss(chosen, rejected, zero).metrics["rewards/accuracies"].item() == 0.25

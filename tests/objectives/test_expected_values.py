@@ -81,6 +81,15 @@ def test_log1mexp_against_float64() -> None:
     assert ((low.double() - exact).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize("x", [-1e-30, -1e-9, -0.69, -0.7, -200.0, -math.inf])
+def test_log1mexp_gradient(x) -> None:
+    """d/dx log(1 - e^x) = -e^x / (1 - e^x), whatever the branch not taken would give."""
+    leaf = torch.tensor(x, requires_grad=True)
+    orpo.log1mexp(leaf).backward()
+    want = -math.exp(x) / -math.expm1(x)
+    torch.testing.assert_close(leaf.grad, torch.tensor(want), rtol=1e-6, atol=1e-30)
+
+
 @pytest.mark.parametrize("average", [0.0, -1e-30, -1e-9])
 @pytest.mark.parametrize("side", [0, 1])
 def test_odds_of_certainty_are_finite(average, side) -> None:

@@ -52,9 +52,8 @@ def _tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> No
 
 def _same_shape(where: str, **named: Tensor | None) -> None:
     shapes = [value.shape for value in named.values() if value is not None]
-    if any(
-        shape != shapes[0] for shape in shapes
-    ):  # compared in pairs: a set of shapes makes them constants in a graph
+    differ = any(shape != shapes[0] for shape in shapes)  # in pairs: a set would make them constants of a graph
+    if differ:
         _check.same_shape(where, **named)
 
 

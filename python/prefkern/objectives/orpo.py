@@ -11,9 +11,9 @@ from prefkern.objectives.reduce import masked_mean, widen
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - e^x)`` for x < 0; neither branch sees an argument where its gradient is not finite."""
+    """``log(1 - e^x)`` for x < 0; near 0, where ``e^x`` rounds to 1, log1p would have an infinite gradient to mask."""
     near = x > -math.log(2.0)
-    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, -math.log(2.0))))
+    by_expm1 = torch.log(-torch.expm1(x))
     by_log1p = torch.log1p(-torch.exp(torch.where(near, -math.log(2.0), x)))
     return torch.where(near, by_expm1, by_log1p)
 

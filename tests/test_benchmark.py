@@ -65,6 +65,17 @@ def test_a_quick_run_from_outside_writes_numbers_and_a_plot(tmp_path: Path) -> N
     assert done.stdout.count("naive eager") >= 6
 
 
+@pytest.mark.gpu
+def test_a_quick_run_on_a_gpu_measures_the_pieces_too(tmp_path: Path) -> None:
+    assert command.main(["--device", "cuda", "--quick", "--json", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results["copy_bytes_per_second"] > 1e9
+    ours = [entry for case in results["cases"] for entry in case["contenders"] if entry["name"] == OURS]
+    assert all(entry["seconds"]["median"] > 0 and entry["extra_bytes"] > 0 for entry in ours)
+    assert len(results["pieces"]) == 2 + 3 + 3
+    assert all(piece["rate"] > 0 for piece in results["pieces"]), results["pieces"]
+
+
 @pytest.mark.usefixtures("without_peers")
 def test_products_are_three_held_four_recomputed_two_frozen_one_scoring(tmp_path: Path) -> None:
     assert command.main(["--quick", "--json", "--dtype", "float32", "--output", str(tmp_path)]) == 0

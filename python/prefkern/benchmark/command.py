@@ -12,6 +12,7 @@ import torch
 
 from prefkern.benchmark import machine, plot, report
 from prefkern.benchmark.contenders import discover
+from prefkern.benchmark.floors import copy_bandwidth
 from prefkern.benchmark.measure import Budget
 from prefkern.benchmark.operands import DTYPES, HEADS, Case, Shape
 from prefkern.benchmark.run import gate, measure, measure_pieces, passes
@@ -20,6 +21,7 @@ CPU_SHAPE = Shape(2048, 1024, 32768)
 GPU_SHAPES = (Shape(8192, 4096, 128256), Shape(8192, 896, 151936), Shape(2048, 2048, 32768))
 GPU_BUDGET_S = 240.0
 QUICK_SHAPE = Shape(48, 32, 257)
+NUMBERS, PICTURE = "bench.json", "bench.png"
 PACKAGES = ("prefkern", "torch", "triton", "trl", "transformers", "liger-kernel", "numpy")
 
 
@@ -99,28 +101,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("prefkern bench: prefkern is outside its tolerance, so nothing is timed", file=sys.stderr)
         return 1
 
-    measured, copy = measure(checked, found, device, rounds=rounds, budget=budget.share(0.8), progress=progress)
-    results |= {"copy_bytes_per_second": copy, "cases": [result.as_json() for result in measured]}
+    copy = copy_bandwidth(device) if device.type == "cuda" else None
+    results["copy_bytes_per_second"] = copy
+    timing = budget.share(0.8)  # the rest is for the pieces
+    measured = measure(checked, found, device, rounds=rounds, budget=timing, copy=copy, progress=progress)
+    for index, result in enumerate(measured):
+        results["cases"][index] = result.as_json()
+        progress.done()
+        report.show(report.case_table(results["cases"][index], timed=True))
+        _write(results, given)  # after each case: an interrupted run keeps what it has
     if device.type == "cuda":
-        results["pieces"] = measure_pieces(chosen[0], device, copy, budget, progress)
-    progress.done()
-    for case in results["cases"]:
-        report.show(report.case_table(case, timed=True))
-    if results["pieces"]:
+        for piece in measure_pieces(chosen[0], device, copy, budget, progress):
+            results["pieces"].append(piece)
+        progress.done()
         report.show(report.pieces_table(results["pieces"], copy))
-    _write(results, given)
+        _write(results, given)
+    if given.json:
+        print(f"numbers: {given.output / NUMBERS}")
+    if given.plot:
+        plot.save(results, given.output / PICTURE)
+        print(f"plot: {given.output / PICTURE}")
     return 0
 
 
 def _write(results: dict[str, Any], given: argparse.Namespace) -> None:
     if given.json:
-        path = given.output / "bench.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"numbers: {path}")
-    if given.plot and results["gate"]:
-        path = given.output / "bench.png"
-        plot.save(results, path)
-        print(f"plot: {path}")
+        (given.output / NUMBERS).write_text(json.dumps(results, indent=1) + "\n")
 
 
 class _Progress:

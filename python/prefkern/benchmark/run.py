@@ -1,7 +1,7 @@
 """The order of events: the gate for every case, then memory, then interleaved time."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from prefkern.benchmark import pieces
 from prefkern.benchmark.accuracy import errors, head_values, tolerance
 from prefkern.benchmark.contenders import OURS, Contender, Forward, one_line, run
-from prefkern.benchmark.floors import FLOOR, bare_products, copy_bandwidth, tile_bytes
+from prefkern.benchmark.floors import FLOOR, bare_products, tile_bytes
 from prefkern.benchmark.measure import OUT_OF_TIME, Budget, Step, interleave, peak_extra_bytes
 from prefkern.benchmark.operands import Case, Operands, make_operands
 from prefkern.benchmark.results import CaseResult, Entry, piece_as_json
@@ -73,24 +73,21 @@ def measure(
     *,
     rounds: int,
     budget: Budget,
+    copy: float | None,
     progress: Progress,
-) -> tuple[list[CaseResult], float | None]:
-    """Memory and time of every contender that ran in the gate; the copy bandwidth too on an accelerator."""
-    copy = copy_bandwidth(device) if device.type == "cuda" else None
-    results = []
+) -> Iterator[CaseResult]:
+    """Memory and time of every contender that ran in the gate, case by case. ``copy`` is the bandwidth of a copy."""
+    forwards = {contender.name: contender.forward for contender in found}
     for number, result in enumerate(checked, 1):
-        label = f"case {number}/{len(checked)}: {result.case}"
         share = budget.share(1 / (len(checked) - number + 1))
         if share.left() <= 0:
-            skipped = [entry._replace(note=OUT_OF_TIME) for entry in result.entries]
-            results.append(result._replace(entries=skipped))
+            yield result._replace(entries=[entry._replace(note=OUT_OF_TIME) for entry in result.entries])
             continue
         operands = make_operands(result.case.shape, result.case.dtype, device)
-        session = _Session(result, operands, {entry.name: entry.forward for entry in found}, device, label, progress)
-        results.append(session.measure(rounds, share, copy))
-        del operands, session
+        label = f"case {number}/{len(checked)}: {result.case}"
+        yield _Session(result, operands, forwards, device, label, progress).measure(rounds, share, copy)
+        del operands
         gc.collect()
-    return results, copy
 
 
 class _Session(NamedTuple):
@@ -139,12 +136,11 @@ class _Session(NamedTuple):
 
 def measure_pieces(
     case: Case, device: torch.device, copy: float | None, budget: Budget, progress: Progress
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The row kernels and the products on a CUDA device, at the first case's shape."""
     from prefkern.kernels import fold, rowwise
 
     dtype = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
-    found = []
     for source in (
         pieces.row_kernels(rowwise, case.shape, dtype, device, budget),
         pieces.fold_kernels(fold, case.shape, dtype, device, budget),
@@ -152,5 +148,4 @@ def measure_pieces(
     ):
         for piece in source:
             progress("pieces", f"{piece.name} {piece.shape}")
-            found.append(piece_as_json(piece, copy))
-    return found
+            yield piece_as_json(piece, copy)

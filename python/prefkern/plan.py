@@ -35,8 +35,9 @@ def max_held_rows(H: int, V: int, itemsize: int, max_memory: int | None) -> int:
 
 
 def chunk_rows(V: int, itemsize: int) -> int:
-    """Rows of a scratch tile of whole rows. At least 256: below, the product is bound by reading the weight."""
-    return max(256, SCRATCH_BYTES // max(V * itemsize, 1))
+    """Rows of a scratch tile of whole rows. At least 512: with fewer, an accelerator's product nears the time that it
+    takes to read the weight once more for every tile."""
+    return max(512, SCRATCH_BYTES // max(V * itemsize, 1))
 
 
 def slice_columns(rows: int, V: int, itemsize: int) -> int:

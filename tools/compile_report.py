@@ -1,6 +1,6 @@
 """Compiles every kernel for every target without a GPU and asserts what the machine code must be.
 
-    python tools/compile_report.py [--both] [--target sm_90 ...] [--kernel NAME] [--json FILE] [--opcodes]
+    python tools/compile_report.py [--both | --oldest] [--target sm_90 ...] [--kernel NAME] [--json FILE] [--opcodes]
 
 Each row is one specialisation on one target: registers, spills, shared memory, the widest global load and store, the
 instructions per element of each main loop. Exit code 1 when a row breaks an assertion: no spills, 128-bit loads,
@@ -114,6 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--both", action="store_true", help="also with the oldest supported Triton")
+    parser.add_argument("--oldest", action="store_true", help="only with the oldest supported Triton")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -123,8 +124,8 @@ def main() -> int:
     if options.worker:
         json.dump(compile_all(options.target, options.kernel), sys.stdout)
         return 0
-    pythons = [sys.executable]
-    if options.both:
+    pythons = [] if options.oldest else [sys.executable]
+    if options.both or options.oldest:
         if not OLD_PYTHON.exists():
             print(f"compile_report: {OLD_PYTHON} does not exist: `make compile-report` creates it", file=sys.stderr)
             return 2

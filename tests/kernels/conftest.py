@@ -5,8 +5,6 @@ import os
 import pytest
 import torch
 
-ROWS = 12
-
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
@@ -21,7 +19,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     from prefkern.kernels._launch import Tile
 
     interpreter.install()
-    narrow, wide = Tile(16, 8, 1, 1), Tile(16, 4, 1, 1)
+    narrow, wide = Tile(16, 8, 1, 1), Tile(32, 4, 1, 1)
     for module, name in ((rowwise, "FORWARD"), (rowwise, "BACKWARD"), (fold_bwd, "HELD_BACKWARD")):
         monkeypatch.setattr(module, name, {2: narrow, 4: wide})
     monkeypatch.setattr(fold, "FORWARD", wide)

@@ -70,13 +70,13 @@ def write_gradient(
     PER_LANE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Writes ``g`` of V columns, among which the target is column ``y``. A row that is not scored is not read."""
+    """Writes ``g`` of V columns; the target is column ``y`` (int64), or none. A row that is not scored is not read."""
     log2e_t = LOG2E / temperature
     log2_sum = tl.where(logps == logps, log_sum * LOG2E, float("nan"))
     at_target = tl.where(logps == float("-inf"), 0.0, expm1(logps))
     # below a maximum of +inf every probability is 0: in a row that is ignored, or that has no finite logit
     row_max = tl.where(scored & (row_max > float("-inf")), row_max, float("inf"))
-    y = tl.where(scored, y, -1)
+    y = tl.where(scored & (y >= 0) & (y < V), y, -1).to(tl.int32)
     c = tl.where(scored, c, 0.0)
     e = tl.where(scored, e, 0.0)
     dtype = out_ptr.dtype.element_ty

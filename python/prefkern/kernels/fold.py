@@ -104,7 +104,7 @@ def _tile_fwd_kernel(
             bias_ptr,
             held_ptr + row * held_stride,
             target != ignore_index,
-            target.to(tl.int32),
+            target,
             logps,
             row_max,
             log_sum,

@@ -63,7 +63,7 @@ def _tile_bwd_kernel(
         bias_ptr,
         out_ptr + row * out_stride,
         target != ignore_index,
-        (target - v_start).to(tl.int32),
+        target - v_start,
         tl.load(logps_ptr + row),
         tl.load(row_max_ptr + row),
         tl.load(log_sum_ptr + row),
@@ -114,7 +114,7 @@ def _held_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row).to(tl.int64)
     scored = target != ignore_index
-    y = tl.where(scored, target, -1).to(tl.int32)
+    y = tl.where(scored & (target >= 0) & (target < V), target, -1).to(tl.int32)
     logps = tl.load(logps_ptr + row)
     entropy = tl.load(entropy_ptr + row)
     c = tl.where(scored, tl.load(c_ptr + row), 0.0)

@@ -125,7 +125,7 @@ def _logprobs_bwd_kernel(
         logits_ptr,
         grad_ptr + row * grad_stride,
         target != ignore_index,
-        target.to(tl.int32),
+        target,
         tl.load(logps_ptr + row),
         tl.load(row_max_ptr + row),
         tl.load(log_sum_ptr + row),

@@ -103,6 +103,7 @@ def test_a_huge_capacity_costs_nothing():
             ValueError,
             "lengths must not exceed capacity 5, got 9 in rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more",
         ),
+        ([5, 6], 5, ValueError, "lengths must not exceed capacity 5, got 6 in row 1"),
         ([1, -2, 3], 5, ValueError, "lengths must not be negative, got -2 in row 1"),
         ([1, 2.5], 5, TypeError, "lengths[1] must be an integer that fits int64, got float 2.5"),
         ([1, 2**63], 5, TypeError, "lengths[1] must be an integer that fits int64, got int 9223372036854775808"),

@@ -169,7 +169,8 @@ def test_ppo_masked_values_never_leak(reduction, bad, scored) -> None:
     if scored == 0:
         assert got.loss.item() == 0.0
         assert {value.item() for value in got.metrics.values()} == {0.0}
-    got.loss.backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        got.loss.backward()
     for leaf in leaves.values():
         assert leaf.grad.isfinite().all()
         assert (leaf.grad[~mask] == 0).all()

@@ -144,6 +144,16 @@ def test_linear_cross_entropy(head, options) -> None:
     assert got.metrics["mean_token_accuracy"].item() == pytest.approx(accuracy.item())
 
 
+def test_token_weights_get_no_gradient_and_never_change_the_count() -> None:
+    case = inputs()
+    weights = torch.full((R, T), 2.0, dtype=torch.float64, requires_grad=True)
+    plain = linear_cross_entropy(case["hidden"], case["weight"], case["targets"]).loss
+    doubled = linear_cross_entropy(case["hidden"], case["weight"], case["targets"], token_weights=weights).loss
+    torch.testing.assert_close(doubled, 2 * plain)
+    doubled.backward()
+    assert weights.grad is None
+
+
 def test_linear_cross_entropy_accumulates() -> None:
     case = inputs()
     hidden, weight, targets = case["hidden"], case["weight"], case["targets"]

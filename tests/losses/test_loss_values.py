@@ -149,7 +149,7 @@ def test_unreduced_ppo() -> None:
 
 
 def test_explained_variance() -> None:
-    returns, v = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.5, 2.0, 3.0, 3.5])
+    returns, v = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.5, 2.5, 3.0, 3.5])
     got = value_loss(v, v, returns).metrics["val/var_explained"]
     close(got, 1 - (returns - v).var().item() / returns.var().item())
 

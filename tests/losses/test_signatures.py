@@ -71,6 +71,17 @@ def test_module_is_its_loss_split_in_options_and_tensors(name) -> None:
     assert [key for key in function if key in tensors] == list(tensors)
 
 
+@pytest.mark.parametrize("name", LOSS_OF)
+def test_module_passes_every_argument_on(name, monkeypatch) -> None:
+    function = getattr(losses, LOSS_OF[name])
+    source = f"prefkern.losses.{function.__module__.rpartition('.')[2]}.{LOSS_OF[name]}"
+    monkeypatch.setattr(source, lambda *args, **kwargs: inspect.signature(function).bind(*args, **kwargs).arguments)
+    tensors = {key: object() for key in options_of(getattr(losses, name).forward) if key != "self"}
+    module = getattr(losses, name)(0.7)
+    assert module(**tensors) == {**tensors, **module.options}
+    assert 0.7 in module.options.values()
+
+
 def test_modules_compute_their_loss() -> None:
     x = [-torch.rand(4) for _ in range(4)]
     labels = torch.tensor([1, 0, 1, 0])

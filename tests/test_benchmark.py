@@ -58,6 +58,8 @@ def test_a_quick_run_from_outside_writes_numbers_and_a_plot(tmp_path: Path) -> N
         assert ours["products"] == case["floor_products"]
         assert ours["seconds"]["low"] <= ours["seconds"]["median"] <= ours["seconds"]["high"]
         assert len(ours["seconds"]["runs"]) == results["rounds"] == 2
+        assert ours["times_eager"] == pytest.approx(ours["seconds"]["median"] / case["eager_seconds"])
+        assert ours["times_floor"] == pytest.approx(ours["seconds"]["median"] / case["floor_seconds"]["median"])
         (linear,) = (entry for entry in case["contenders"] if entry["name"].endswith("linear CE"))
         assert linear["seconds"] is None
         assert linear["note"]
@@ -140,6 +142,7 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(command, "discover", lambda device: pytest.fail("something ran"))
     with pytest.raises(MissingDependency, match=r"pip install 'prefkern\[bench\]'"):
         command.main(["--quick", "--plot"])
     with pytest.raises(MissingDependency):

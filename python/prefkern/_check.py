@@ -3,6 +3,7 @@ expected and what was got, so that a user can act on it. Shapes, dtypes and devi
 the CPU, because reading them elsewhere would wait for the device."""
 
 import importlib
+import numbers
 from collections.abc import Collection
 from types import ModuleType
 from typing import Any, NoReturn, TypeGuard
@@ -92,10 +93,10 @@ def mask(where: str, name: str, value: Tensor | None, shape: torch.Size) -> Tens
 def same_shape(where: str, **named: Tensor | None) -> None:
     """All named tensors have one shape (None is skipped)."""
     given = {name: value for name, value in named.items() if value is not None}
-    if len({value.shape for value in given.values()}) > 1:
+    shapes = [value.shape for value in given.values()]
+    if any(shape != shapes[0] for shape in shapes):  # pair by pair: a set would make lengths constants of a graph
         names = " and ".join(given) if len(given) == 2 else ", ".join(given)
-        shapes = " and ".join(str(tuple(value.shape)) for value in given.values())
-        fail(where, f"{names} must have the same shape, got {shapes}")
+        fail(where, f"{names} must have the same shape, got {' and '.join(str(tuple(shape)) for shape in shapes)}")
 
 
 def same_device(where: str, **named: Tensor | None) -> None:
@@ -116,14 +117,15 @@ def number(
     open_high: bool = False,
 ) -> float:
     """A finite real number in an interval, as float; a bool is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail_type(where, f"{name} must be a number, got {describe(value)}")
-    below = value <= low if open_low else value < low
-    above = value >= high if open_high else value > high
-    if below or above or value != value or value in (float("inf"), float("-inf")):
+    real = float(value)
+    below = real <= low if open_low else real < low
+    above = real >= high if open_high else real > high
+    if below or above or real != real or real in (float("inf"), float("-inf")):
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         fail(where, f"{name} must be a finite number in {interval}, got {value!r}")
-    return float(value)
+    return real
 
 
 def one_of(where: str, name: str, value: object, allowed: Collection[Any]) -> None:

@@ -46,6 +46,8 @@ def token_logprobs(
             vocabulary is an error on the CPU; on an accelerator that token becomes NaN instead of waiting for it.
     """
     where = "token_logprobs"
+    _check.tensor(where, "logits", logits)
+    _check.tensor(where, "targets", targets)
     _check.floating(where, logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         _check.fail(where, f"logits must be [..., V] with V >= 1, got {_check.describe(logits)}")
@@ -103,6 +105,8 @@ def linear_token_logprobs(
         ValueError, TypeError: as `token_logprobs`.
     """
     where = "linear_token_logprobs"
+    for name, required in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        _check.tensor(where, name, required)
     _check.floating(where, hidden=hidden, weight=weight, bias=bias)
     _check.same_device(where, hidden=hidden, weight=weight, bias=bias, targets=targets)
     for name, value in (("lora", lora), ("group", group)):

@@ -16,6 +16,8 @@ CASES = [
     ({"weight": torch.zeros(10, 8, dtype=torch.int8)}, TypeError, "weight must be .* dequantise it first"),
     ({"weight": torch.zeros(10, 8).to(torch.float8_e4m3fn)}, TypeError, "weight must be .* dequantise it first"),
     ({"hidden": [1.0]}, TypeError, r"hidden must be a torch\.Tensor, got list"),
+    ({"hidden": None}, TypeError, r"hidden must be a torch\.Tensor, got NoneType"),
+    ({"targets": None}, TypeError, r"targets must be a torch\.Tensor, got NoneType"),
     ({"weight": torch.zeros(10, 7)}, ValueError, r"hidden must be \[\.\.\., H\] and weight \[V, H\] with one H"),
     ({"weight": torch.zeros(8)}, ValueError, r"weight \[V, H\]"),
     ({"bias": torch.zeros(9)}, ValueError, r"bias must be \[V\] = \[10\], got float32 \(9,\)"),

@@ -25,7 +25,7 @@ def _rows(where: str, **named: Tensor | None) -> None:
     for name, value in named.items():
         if value is not None and value.ndim != 1:
             _check.fail(where, f"{name} must be [B], one value per sequence, got {_check.describe(value)}")
-    _same_shape(where, **named)
+    _check.same_shape(where, **named)
     _check.same_device(where, **named)
 
 
@@ -43,18 +43,11 @@ def _tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> No
         if value is not None and value.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
             layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
             _check.fail(where, f"{name} must be {layout}, got {_check.describe(value)}")
-    _same_shape(where, **named)
+    _check.same_shape(where, **named)
     _check.same_device(where, **named, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         total = next(value.numel() for value in named.values() if value is not None)
         _check.offsets(where, cu_seqlens, total)
-
-
-def _same_shape(where: str, **named: Tensor | None) -> None:
-    shapes = [value.shape for value in named.values() if value is not None]
-    differ = any(shape != shapes[0] for shape in shapes)  # in pairs: a set would make them constants of a graph
-    if differ:
-        _check.same_shape(where, **named)
 
 
 def sequences(where: str, name: str, value: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -80,19 +80,8 @@ def _rowwise() -> list[Spec]:
         label = f"{dtype}{' entropy' if wanted == 'e' else ' all' if wanted else ''}{' softcap' if softcap else ''}"
         pointers = {"logits_ptr": dtype, "targets_ptr": "i64"} | _STATS | pointers
         size = SIZES[dtype]
-        out.append(
-            _spec(
-                module,
-                "logprobs_fwd",
-                label,
-                module.FORWARD[size],
-                size,
-                ceiling,
-                pointers,
-                HAS_SOFTCAP=softcap,
-                **flags,
-            )
-        )
+        tile = (module.SOFTCAP_FORWARD if softcap else module.FORWARD)[size]
+        out.append(_spec(module, "logprobs_fwd", label, tile, size, ceiling, pointers, HAS_SOFTCAP=softcap, **flags))
     for dtype, entropy, softcap, ceiling in (
         ("bf16", False, False, 10.5),
         ("bf16", True, False, 16.0),

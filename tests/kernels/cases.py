@@ -50,7 +50,8 @@ def assert_stats(got: RowStats, logits: Tensor, targets: Tensor, **options: Any)
 
 
 def with_special_rows(case: testing.LogitCase) -> testing.LogitCase:
-    """Rows 3 to 8: no finite logit, a target of -inf, whole tiles of -inf, targets just outside and far outside."""
+    """Rows 3 to 8: no finite logit, a target of -inf, whole tiles of -inf, targets just outside the vocabulary.
+    Rows 9 to 11: targets at the edges of a small tile."""
     logits, targets = case.logits.clone(), case.targets.clone()
     V = logits.shape[1]
     logits[3] = float("-inf")
@@ -62,4 +63,5 @@ def with_special_rows(case: testing.LogitCase) -> testing.LogitCase:
     logits[6, 3:] = float("-inf")
     targets[6] = 1
     targets[7], targets[8] = V, -1
+    targets[9], targets[10], targets[11] = 127, 128, 256
     return testing.LogitCase(logits, targets)

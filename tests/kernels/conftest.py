@@ -20,8 +20,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
     interpreter.install()
     narrow, wide = Tile(16, 8, 1, 1), Tile(32, 4, 1, 1)
-    for module, name in ((rowwise, "FORWARD"), (rowwise, "BACKWARD"), (fold_bwd, "HELD_BACKWARD")):
-        monkeypatch.setattr(module, name, {2: narrow, 4: wide})
+    for name in ("FORWARD", "SOFTCAP_FORWARD", "BACKWARD"):
+        monkeypatch.setattr(rowwise, name, {2: narrow, 4: wide})
+    monkeypatch.setattr(fold_bwd, "HELD_BACKWARD", {2: narrow, 4: wide})
     monkeypatch.setattr(fold, "FORWARD", wide)
     monkeypatch.setattr(fold_bwd, "TILE_BACKWARD", wide)
     return torch.device("cpu")

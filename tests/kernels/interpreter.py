@@ -3,7 +3,8 @@
 bfloat16 lives there as uint16: its arithmetic, comparisons, reductions and ``tl.dot`` work on the bit patterns, casts
 to it truncate. Here they pass through float32 and round to nearest even. Also corrected: a scan along a negative axis
 is silently wrong, a comparison of integers keeps their dtype and cannot be a mask, every call of a device function
-patches the language anew, and CPU memory is copied onto itself after each launch.
+patches the language anew, and CPU memory is copied onto itself after each launch. And it becomes a memory checker:
+every address that is loaded or stored must lie within a tensor that the kernel was given.
 """
 
 import functools
@@ -122,11 +123,40 @@ def _languages(fn: Callable[..., Any]) -> list[Any]:
     return [value for value in fn.__globals__.values() if value is tl or value is tl.core]
 
 
+_extents: list[tuple[int, int]] = []  # the addresses of the tensors of the running kernel
+
+
+def _extent(tensor: Any) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
 def _launch(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _extents[:] = [_extent(value) for value in (*args, *kwargs.values()) if hasattr(value, "data_ptr")]
         with np.errstate(all="ignore"):  # as a GPU: infinities and NaN without a word
             return method(self, *args, **kwargs)
+
+    return call
+
+
+def _access(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A masked load or store: its active addresses lie within one tensor."""
+
+    @functools.wraps(method)
+    def call(self: Any, pointers: Any, *args: Any) -> Any:
+        mask = next(value for value in args if isinstance(value, Handle) and value.data.dtype == np.bool_)
+        active = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if active.size:
+            first, last = (
+                int(active.min()),
+                int(active.max()) + max(1, pointers.get_element_ty().primitive_bitwidth // 8),
+            )
+            if not any(low <= first and last <= high for low, high in _extents):
+                near = min((min(abs(first - low), abs(last - high)) for low, high in _extents), default=-1)
+                raise IndexError(f"{method.__name__} of {active.size} elements, some {near} bytes outside any tensor")
+        return method(self, pointers, *args)
 
     return call
 
@@ -147,6 +177,7 @@ def install() -> None:
         (interpreter.InterpreterBuilder, ("binary_op", "unary_op", "ternary_op", "create_fma"), _through_float32),
         (interpreter.InterpreterBuilder, ("cast_impl", "create_fp_to_fp"), _cast),
         (interpreter.InterpreterBuilder, ("create_dot",), _dot),
+        (interpreter.InterpreterBuilder, ("create_masked_load", "create_masked_store"), _access),
         (interpreter.ReduceOps, ("sum", "min_max"), _reduce),
         (interpreter.ScanOps, ("cumsum", "cumprod"), _reduce),
         (interpreter.ScanOps, ("apply_impl",), _scan),

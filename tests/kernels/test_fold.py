@@ -158,12 +158,15 @@ def test_without_a_held_tile(device: torch.device, columns: int) -> None:
 def test_ignored_rows_are_zero_and_not_read(device: torch.device, columns: int) -> None:
     case = testing.logit_case(ROWS, columns, device=device, ignored=0.4)
     ignored = case.targets == testing.IGNORE
+    assert 2 <= ignored.sum() < ROWS
     tile = case.logits.masked_fill(ignored[:, None], float("nan"))
     options = options_of("plain", device)
     stats, held = fold(tile, case.targets, FLOAT, **options)
     assert held is not None
     c, e = (value.masked_fill(ignored, float("nan")) for value in upstream(device))
     poisoned = held.masked_fill(ignored[:, None], float("nan"))
+    for value in stats[:4]:
+        value[ignored] = float("nan")  # nor are their statistics
     for out in (
         held,
         tile_bwd(tile, case.targets, stats, c, e, **options),
@@ -259,7 +262,7 @@ def test_targets_outside_a_slice_have_no_entry(device: torch.device, columns: in
 
 def test_a_bad_target_is_nan_in_every_slice(device: torch.device, columns: int) -> None:
     tile = torch.randn(3, columns, device=device)
-    targets = torch.tensor([columns, -7, 2**32 + 5], device=device)
+    targets = torch.tensor([-7, columns, 2**32 + 5], device=device)
     options = options_of("plain", device, 3)
     stats, held = fold(tile, targets, torch.bfloat16, **options)
     assert held is not None
@@ -285,19 +288,21 @@ def test_small_and_exact_shapes(shape: tuple[int, int], device: torch.device) ->
     testing.assert_not_worse(held_bwd(held, case.targets, stats, c, e, FLOAT), want, eager, name="held_bwd")
 
 
-def test_row_strides_beyond_32_bits(device: torch.device, columns: int) -> None:
+def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
+    """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
     from prefkern.kernels import fold as kernels
 
-    stride = 2**31 + 24
+    stride = 2**30 + 24
 
     def far(dtype: torch.dtype) -> Tensor:
-        return torch.empty(stride + columns, dtype=dtype, device=device).as_strided((2, columns), (stride, 1))
+        memory = torch.empty(2 * stride + columns, dtype=dtype, device=device)
+        return memory.as_strided((3, columns), (stride, 1))
 
-    case = testing.logit_case(2, columns, device=device, ignored=0.0)
-    options = options_of("plain", device) | {"logit_scale": 1.0}
+    case = testing.logit_case(3, columns, device=device, ignored=0.0)
+    options = options_of("plain", device, 3) | {"logit_scale": 1.0}
     tile, held, out = far(FLOAT), far(torch.bfloat16), far(torch.bfloat16)
     tile.copy_(case.logits)
-    stats = poisoned_stats(2, device, testing.Guards())
+    stats = poisoned_stats(3, device, testing.Guards())
     kernels.tile_fwd(tile, None, case.targets, stats, held, **options)
     near, near_held = fold(*case, torch.bfloat16, **options)
     assert all(map(torch.equal, stats, near))
@@ -305,7 +310,7 @@ def test_row_strides_beyond_32_bits(device: torch.device, columns: int) -> None:
     assert torch.equal(held, near_held)
     kernels.tile_bwd(tile, None, case.targets, stats, None, None, out, v_start=0, **options)
     assert torch.equal(out, tile_bwd(*case, near, None, None, torch.bfloat16, **options))
-    c, e = upstream(device, 2)
+    c, e = upstream(device, 3)
     kernels.held_bwd(held, case.targets, stats.logps, stats.entropy, c, e, out, ignore_index=-100)
     assert torch.equal(out, held_bwd(near_held, case.targets, near, c, e, torch.bfloat16))
 

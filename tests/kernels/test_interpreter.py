@@ -161,6 +161,28 @@ def test_a_comparison_is_a_mask() -> None:
     assert (out == -1).all()
 
 
+@triton.jit
+def _shifted_kernel(x_ptr, out_ptr, load_at, store_at, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + load_at + i, mask=i < N - 1)
+    tl.store(out_ptr + store_at + i, x, mask=i < N - 1)
+
+
+@pytest.mark.parametrize(("load_at", "store_at"), [(0, 0), (1, 0), (-1, 0), (0, 2), (0, -1)])
+def test_no_access_outside_the_tensors(load_at: int, store_at: int) -> None:
+    """The values are discarded or land in unused memory: nothing but the addresses shows it."""
+    memory = torch.zeros(2, 64)
+    x, out = memory[0, 16:23], memory[1, 16:23]
+    if load_at == store_at == 0:
+        _shifted_kernel[(1,)](x, out, load_at, store_at, N=8)
+    else:
+        kind = "load" if load_at else "store"
+        with pytest.raises(
+            triton.runtime.errors.InterpreterError, match=f"masked_{kind} of 7 elements, some .* outside"
+        ):
+            _shifted_kernel[(1,)](x, out, load_at, store_at, N=8)
+
+
 def test_encoding_agrees_with_torch() -> None:
     bits = torch.arange(-(2**31), 2**31 - 1, 65521, dtype=torch.int64).to(torch.int32)
     values: Tensor = bits.view(torch.float32)

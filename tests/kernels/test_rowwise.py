@@ -88,6 +88,9 @@ def test_ignored_rows_are_zero_and_not_read(device: torch.device, columns: int) 
     stats, _ = forward(logits, case.targets, **options)
     assert_stats(stats, case.logits, case.targets, **options)
     c, e = (value.masked_fill(ignored, float("nan")) for value in upstream(device))
+    for value in stats[:4]:
+        value[ignored] = float("nan")  # nor are their statistics
+    options["temperature"] = torch.ones(ROWS, device=device).masked_fill(ignored, float("nan"))
     grad = backward(logits, case.targets, stats, c, e, **options)
     assert not grad[ignored].any()
     assert grad[~ignored].isfinite().all()
@@ -200,7 +203,7 @@ def test_int32_targets(device: torch.device, columns: int) -> None:
 def test_targets_far_outside(device: torch.device, columns: int) -> None:
     """Beyond 32 bits: a target that a narrowing would fold back into the vocabulary."""
     logits = torch.randn(3, columns, device=device)
-    targets = torch.tensor([2**32 + 5, -(2**33), 2**31], device=device)
+    targets = torch.tensor([-7, 2**32 + 5, 2**31], device=device)
     options = options_of("plain", device)
     stats, _ = forward(logits, targets, **options)
     assert_stats(stats, logits, targets, **options)
@@ -217,20 +220,25 @@ def test_a_row_does_not_depend_on_the_others(device: torch.device, columns: int)
         assert torch.equal(a[4:7], b)
 
 
-def test_row_strides_beyond_32_bits(device: torch.device, columns: int) -> None:
+def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
+    """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
     from prefkern.kernels import rowwise
 
-    stride = 2**31 + 24
-    case = testing.logit_case(2, columns, dtype=torch.float16, device=device, ignored=0.0)
-    logits = torch.empty(stride + columns, dtype=torch.float16, device=device).as_strided((2, columns), (stride, 1))
+    stride = 2**30 + 24
+
+    def far() -> Tensor:
+        memory = torch.empty(2 * stride + columns, dtype=torch.float16, device=device)
+        return memory.as_strided((3, columns), (stride, 1))
+
+    case = testing.logit_case(3, columns, dtype=torch.float16, device=device, ignored=0.0)
+    logits, grad = far(), far()
     logits.copy_(case.logits)
-    options = options_of("plain", device)
-    stats = poisoned_stats(2, device, testing.Guards())
+    options = options_of("plain", device, 3)
+    stats = poisoned_stats(3, device, testing.Guards())
     rowwise.logprobs_fwd(logits, case.targets, stats, **options)
     near, _ = forward(*case, **options)
     assert all(map(torch.equal, stats, near))
-    c, e = upstream(device, 2)
-    grad = torch.empty(stride + columns, dtype=torch.float16, device=device).as_strided((2, columns), (stride, 1))
+    c, e = upstream(device, 3)
     rowwise.logprobs_bwd(logits, case.targets, stats, c, e, grad, **options)
     assert torch.equal(grad, backward(*case, near, c, e, **options))
 
@@ -293,7 +301,7 @@ def test_tiles_of_the_size_that_runs_on_a_gpu(
     from prefkern.kernels._launch import Tile
 
     tiles = {2: Tile(512, 8, 8, 1), 4: Tile(512, 4, 8, 1)}
-    monkeypatch.setattr(rowwise, "FORWARD", tiles)
+    monkeypatch.setattr(rowwise, "SOFTCAP_FORWARD", tiles)
     monkeypatch.setattr(rowwise, "BACKWARD", tiles)
     case = testing.logit_case(3, 2 * 4096 + 1001, dtype=dtype, device=device)
     options = options_of("all", device, 3)

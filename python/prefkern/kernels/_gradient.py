@@ -71,14 +71,15 @@ def write_gradient(
     STAGES: tl.constexpr,
 ):
     """Writes ``g`` of V columns; the target is column ``y`` (int64), or none. A row that is not scored is not read."""
-    log2e_t = LOG2E / temperature
-    log2_sum = tl.where(logps == logps, log_sum * LOG2E, float("nan"))
-    at_target = tl.where(logps == float("-inf"), 0.0, expm1(logps))
     # below a maximum of +inf every probability is 0: in a row that is ignored, or that has no finite logit
     row_max = tl.where(scored & (row_max > float("-inf")), row_max, float("inf"))
-    y = tl.where(scored & (y >= 0) & (y < V), y, -1).to(tl.int32)
+    log2_sum = tl.where(scored, tl.where(logps == logps, log_sum * LOG2E, float("nan")), 0.0)
+    at_target = tl.where(scored & (logps != float("-inf")), expm1(logps), 0.0)
+    log2e_t = LOG2E / tl.where(scored, temperature, 1.0)
+    entropy = tl.where(scored, entropy, 0.0)
     c = tl.where(scored, c, 0.0)
     e = tl.where(scored, e, 0.0)
+    y = y.to(tl.int32)  # of a target beyond 32 bits the whole row is NaN
     dtype = out_ptr.dtype.element_ty
     TILE: tl.constexpr = LANES * PER_LANE
     lane = tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]

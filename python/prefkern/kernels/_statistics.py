@@ -72,6 +72,7 @@ def _statistics(
     STAGES: tl.constexpr,
 ):
     log2e_t = LOG2E / temperature
+    x_y, _ = load_logits(row_ptr, bias_ptr, y, y < V, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     groups = tl.arange(0, LANES) * PER_LANE
     lane = tl.arange(0, PER_LANE)
     m = tl.full((LANES,), LOWEST, tl.float32)
@@ -94,7 +95,7 @@ def _statistics(
             row_ptr, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
         if HAS_MEAN:
-            total += tl.sum(tl.where(cols < V, x, 0.0), 1)
+            total += tl.sum(x, 1)  # beyond the row x is 0
         x = tl.where(cols < V, x, float("-inf"))
         m, s, e, q, argmax = _add(x, main + groups, log2e_t, m, s, e, q, argmax, HAS_ENTROPY, HAS_SQ, HAS_TOP1)
 
@@ -118,10 +119,11 @@ def _statistics(
     if HAS_TOP1:
         # the first group of columns that holds the maximum, and in it the first such column
         cols = tl.min(tl.where(m == row_max, argmax, V), 0) + lane
-        x, _ = load_logits(row_ptr, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        x, _slope = load_logits(
+            row_ptr, bias_ptr, cols, cols < V, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+        )
         x = tl.where(cols < V, x, float("-inf"))
         is_top1 = tl.min(tl.where(x == tl.max(x, 0), cols, V), 0) == y
-    x_y, _ = load_logits(row_ptr, bias_ptr, y, y < V, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     # a fused multiply-add may leave the largest weight a rounding below 1, and the sum with it
     logps = tl.minimum((x_y - row_max) / temperature - log_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
     none = float("-inf")

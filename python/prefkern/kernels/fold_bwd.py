@@ -116,7 +116,7 @@ def _held_bwd_kernel(
     scored = target != ignore_index
     y = tl.where(scored & (target >= 0) & (target < V), target, -1).to(tl.int32)
     logps = tl.load(logps_ptr + row)
-    entropy = tl.load(entropy_ptr + row)
+    entropy = tl.where(scored, tl.load(entropy_ptr + row), 0.0)
     c = tl.where(scored, tl.load(c_ptr + row), 0.0)
     e = tl.where(scored, tl.load(e_ptr + row), 0.0)
     p_y = tl.exp2(logps * LOG2E)

@@ -151,6 +151,7 @@ def _logprobs_bwd_kernel(
 # meet in every step. Two loads are in flight a thread where registers allow. Prefetch (num_stages=3) copies through
 # shared memory, which costs instructions and registers, and occupancy hides the latency without it.
 FORWARD = {2: Tile(lanes=512, per_lane=8, num_warps=8, num_stages=1), 4: Tile(512, 4, 8, 1)}
+SOFTCAP_FORWARD = {2: Tile(lanes=256, per_lane=8, num_warps=8, num_stages=1), 4: Tile(512, 4, 8, 1)}
 BACKWARD = {2: Tile(lanes=256, per_lane=8, num_warps=8, num_stages=1), 4: Tile(512, 4, 8, 1)}
 
 
@@ -170,7 +171,7 @@ def logprobs_fwd(
     rows, scalar = row_temperature(temperature)
     check_rows("kernels.logprobs_fwd", logits=logits, targets=targets, temperature=rows)
     check_rows("kernels.logprobs_fwd", **stats._asdict())
-    tile = FORWARD[logits.element_size()]
+    tile = (FORWARD if softcap is None else SOFTCAP_FORWARD)[logits.element_size()]
     with on_device(logits):
         _logprobs_fwd_kernel[(N,)](
             logits,

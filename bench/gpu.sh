@@ -45,12 +45,13 @@ if [ "$REHEARSE" = 1 ]; then
 else
   test_options=(-m gpu -q --maxfail=20)
   bench_options=(--device cuda)
-  if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "bench/gpu.sh: $PYTHON has no torch that sees a CUDA device (REHEARSE=1 goes through the motions without one)"
     exit 2
   fi
 fi
 has matplotlib && bench_options+=(--plot)
+has xdist && test_options+=(-p xdist.plugin -n 6)  # most of the tests' time is compilation
 
 part install 60 "$PYTHON" -m pip install --no-index --no-deps --no-compile --no-cache-dir --target "$SITE" "$WHEELS"/*.whl
 part tests "$(left 200 180)" "$PYTHON" -m pytest -p no:cacheprovider --continue-on-collection-errors \

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from numpy import float32, float64, int32, int64, uint8
 from numpy.typing import NDArray
 
-__all__ = ["collate_pairs", "flatten", "gae", "pack", "pair_lengths"]
+__all__ = ["collate_pairs", "discounted_returns", "flatten", "gae", "pack", "pair_lengths"]
 
 def gae(
     rewards: NDArray[float32] | NDArray[float64],
@@ -16,6 +16,18 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    masked: Literal["skip", "zero", "none"],
+    terminated: NDArray[uint8] | None = None,
+    mask: NDArray[uint8] | None = None,
+    bootstrap: NDArray[float32] | NDArray[float64] | None = None,
+    cu_seqlens: NDArray[int64] | None = None,
+    threads: int = 1,
+) -> None: ...
+def discounted_returns(
+    rewards: NDArray[float32] | NDArray[float64],
+    returns: NDArray[float32] | NDArray[float64],
+    *,
+    gamma: float,
     masked: Literal["skip", "zero", "none"],
     terminated: NDArray[uint8] | None = None,
     mask: NDArray[uint8] | None = None,

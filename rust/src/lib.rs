@@ -7,6 +7,7 @@ mod collate;
 mod gae;
 mod packing;
 mod python;
+mod returns;
 mod rows;
 
 use pyo3::prelude::*;
@@ -19,5 +20,6 @@ mod _core {
         gae::gae,
         lists::flatten,
         packing::pack,
+        returns::discounted_returns,
     };
 }

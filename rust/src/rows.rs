@@ -1,5 +1,6 @@
 //! Rows of a batch: padded or packed, and how they are shared between threads.
 
+use std::mem;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::thread;
@@ -75,7 +76,21 @@ impl<'a> Rows<'a> {
         }
         groups
     }
+
+    /// The cells of `output` by rows, in the groups of `groups`.
+    pub fn split<'o, T>(&self, mut output: &'o mut [T], threads: usize) -> Vec<Part<'o, T>> {
+        let mut cells = |row| {
+            let (first, rest) = mem::take(&mut output).split_at_mut(self.range(row).len());
+            output = rest;
+            (row, first)
+        };
+        let groups = self.groups(threads).into_iter();
+        groups.map(|rows| rows.map(&mut cells).collect()).collect()
+    }
 }
+
+/// Some rows, each with its cells of a flat output.
+pub type Part<'o, T> = Vec<(usize, &'o mut [T])>;
 
 /// One offset more than rows, none negative, none below the one before it.
 pub fn check_offsets(name: &str, offsets: &[i64]) -> Result<(), String> {
@@ -170,6 +185,16 @@ mod tests {
             .len()
                 > 2
         );
+    }
+
+    #[test]
+    fn split_gives_every_row_its_cells() {
+        let rows = Rows::Packed(&[0, 2, 2, 5]);
+        let mut cells = [0, 1, 2, 3, 4];
+        let parts: Vec<_> = rows.split(&mut cells, 1).into_iter().flatten().collect();
+        let seen: Vec<(usize, Vec<i32>)> =
+            parts.iter().map(|(row, c)| (*row, c.to_vec())).collect();
+        assert_eq!(seen, [(0, vec![0, 1]), (1, vec![]), (2, vec![2, 3, 4])]);
     }
 
     #[test]

@@ -2,11 +2,9 @@
 
 from typing import Any, Literal
 
-import numpy as np
-
 from prefkern import _check
-from prefkern.data._arrays import Array, core, flags, floats, indices, is_array, is_arrow, threads, vector, view
-from prefkern.data._ragged import Ragged, is_column, like_array, like_column, ragged, rectangle, same_rows
+from prefkern.data._arrays import Array, core, threads, view
+from prefkern.data._grid import grid
 from prefkern.types import Advantages
 
 WHERE = "data.gae"
@@ -61,100 +59,27 @@ def gae(
     gamma = _check.number(WHERE, "gamma", gamma, low=0.0, high=1.0)
     lam = _check.number(WHERE, "lam", lam, low=0.0, high=1.0)
     _check.one_of(WHERE, "masked", masked, ("skip", "zero", "none"))
-    options = {"gamma": gamma, "lam": lam, "masked": masked}
-    if is_arrow(rewards) or (is_column(rewards) and cu_seqlens is None):
-        return _rows_of_lists(rewards, values, terminated, mask, bootstrap, cu_seqlens, out, options)
-
-    first = floats(WHERE, "rewards", vector(WHERE, "rewards", rewards, integers=False))
-    second = _like(first, "values", vector(WHERE, "values", values, integers=False))
-    offsets = None if cu_seqlens is None else indices(WHERE, "cu_seqlens", cu_seqlens)
-    targets = _fresh(first) if out is None else _outputs(out, first)
+    rows = grid(WHERE, "rewards", rewards, cu_seqlens)
+    if rows.lists and out is not None:
+        _check.fail(WHERE, "out needs rewards that are a numpy array or a torch tensor")
+    second = rows.like("values", values)
+    targets = (rows.fresh(), rows.fresh()) if out is None else _outputs(out, rows.cells)
     core().gae(
-        first,
+        rows.cells,
         second,
         *targets,
-        terminated=_flags("terminated", terminated, flat=offsets is not None),
-        mask=_flags("mask", mask, flat=offsets is not None),
-        bootstrap=_bootstrap(bootstrap, first),
-        cu_seqlens=offsets,
+        gamma=gamma,
+        lam=lam,
+        masked=masked,
+        terminated=rows.flags("terminated", terminated),
+        mask=rows.flags("mask", mask),
+        bootstrap=None if bootstrap is None else rows.per_row("bootstrap", bootstrap),
+        cu_seqlens=rows.offsets,
         threads=threads(),
-        **options,
     )
     if out is not None:
         return Advantages(*out)
-    return Advantages(*(like_array(target, rewards) for target in targets))
-
-
-def _rows_of_lists(
-    rewards: Any,
-    values: Any,
-    terminated: Any,
-    mask: Any,
-    bootstrap: Any,
-    cu_seqlens: Any,
-    out: Any,
-    options: dict[str, Any],
-) -> Advantages:
-    if cu_seqlens is not None:
-        _check.fail(WHERE, "cu_seqlens is for packed arrays; rows that are lists have lengths of their own")
-    if out is not None:
-        _check.fail(WHERE, "out needs rewards that are a numpy array or a torch tensor")
-    first = ragged(WHERE, "rewards", rewards, integers=False)
-    second = ragged(WHERE, "values", values, integers=False)
-    same_rows(WHERE, "values", second, "rewards", first)
-    flat = floats(WHERE, "rewards", first.values)
-    targets = _fresh(flat)
-    core().gae(
-        flat,
-        _like(flat, "values", second.values),
-        *targets,
-        terminated=_ragged_flags("terminated", terminated, first),
-        mask=_ragged_flags("mask", mask, first),
-        bootstrap=_bootstrap(bootstrap, flat),
-        cu_seqlens=first.offsets,
-        threads=threads(),
-        **options,
-    )
-    return Advantages(*(like_column(target, first.offsets, rewards) for target in targets))
-
-
-def _like(rewards: Array, name: str, array: Array) -> Array:
-    if array.dtype != rewards.dtype:
-        _check.fail_type(WHERE, f"rewards and {name} must have the same dtype, got {rewards.dtype} and {array.dtype}")
-    return floats(WHERE, name, array)
-
-
-def _flags(name: str, given: Any, *, flat: bool) -> Array | None:
-    if given is None:
-        return None
-    if is_array(given):
-        array = view(WHERE, name, given)
-    elif flat:
-        array = vector(WHERE, name, given, integers=True)
-    else:
-        array = rectangle(WHERE, name, given)
-    return flags(WHERE, name, array)
-
-
-def _ragged_flags(name: str, given: Any, like: Ragged) -> Array | None:
-    if given is None:
-        return None
-    rows = ragged(WHERE, name, given, integers=True)
-    same_rows(WHERE, name, rows, "rewards", like)
-    return flags(WHERE, name, rows.values)
-
-
-def _bootstrap(given: Any, rewards: Array) -> Array | None:
-    if given is None:
-        return None
-    array = vector(WHERE, "bootstrap", given, integers=False)
-    if isinstance(given, list | tuple):
-        array = array.astype(rewards.dtype)
-    return _like(rewards, "bootstrap", array)
-
-
-def _fresh(like: Array) -> tuple[Array, Array]:
-    return np.empty(like.shape, like.dtype), np.empty(like.shape, like.dtype)
+    return Advantages(*(rows.restore(target) for target in targets))
 
 
 def _outputs(out: Any, rewards: Array) -> tuple[Array, Array]:

@@ -3,16 +3,16 @@
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
-use super::Array;
-use crate::buffer::{Call, Dtype, Reader, Source, Writer, shape_text};
+use super::{Array, shapes};
+use crate::buffer::{Call, Dtype, Reader, Source, Writer};
 use crate::gae::{Gae, Input, Masked, Real};
-use crate::rows::Rows;
 
 /// What `gae` was called with, before the element type is known.
 struct Arguments<'a, 'py> {
     inputs: [Array<'a, 'py>; 2],
     outputs: [Array<'a, 'py>; 2],
-    flags: [(&'static str, Option<Array<'a, 'py>>); 2],
+    terminated: Option<Array<'a, 'py>>,
+    mask: Option<Array<'a, 'py>>,
     bootstrap: Option<Array<'a, 'py>>,
     cu_seqlens: Option<Array<'a, 'py>>,
     gamma: f64,
@@ -41,20 +41,12 @@ pub fn gae(
     threads: usize,
 ) -> PyResult<()> {
     let call = Call::new("prefkern.data.gae");
-    let masked = match masked {
-        "skip" => Masked::Skip,
-        "zero" => Masked::Zero,
-        "none" => Masked::Read,
-        _ => {
-            return Err(
-                call.value_error(format!("masked must be skip, zero or none, got {masked:?}"))
-            );
-        }
-    };
+    let masked = shapes::masked(&call, masked)?;
     let arguments = Arguments {
         inputs: [rewards, values],
         outputs: [advantages, returns],
-        flags: [("terminated", terminated), ("mask", mask)],
+        terminated,
+        mask,
         bootstrap,
         cu_seqlens,
         gamma,
@@ -80,56 +72,23 @@ fn typed<T: Dtype + Real>(
     let rewards: Source<T> = call.read_in_place("rewards", given.inputs[0], &outputs)?;
     let values: Source<T> = call.read_in_place("values", given.inputs[1], &outputs)?;
     let shape = rewards.shape(&outputs).to_vec();
-    same_shape(&call, &shape, "values", values.shape(&outputs))?;
-    same_shape(&call, &shape, "out[0]", advantages.shape())?;
-    same_shape(&call, &shape, "out[1]", returns.shape())?;
-    let mut flags: [Option<Reader<u8>>; 2] = [None, None];
-    for (flag, (name, array)) in flags.iter_mut().zip(given.flags) {
-        if let Some(array) = array {
-            let reader = call.read(name, array)?;
-            same_shape(&call, &shape, name, reader.shape())?;
-            *flag = Some(reader);
-        }
-    }
-    let offsets: Option<Reader<i64>> = given
-        .cu_seqlens
-        .map(|array| call.read("cu_seqlens", array))
-        .transpose()?;
-    let rows = match (&shape[..], &offsets) {
-        ([total], Some(offsets)) => Rows::packed("cu_seqlens", offsets.slice(), *total)
-            .map_err(|error| call.value_error(error))?,
-        ([rows, width], None) => Rows::Padded {
-            rows: *rows,
-            width: *width,
-        },
-        _ => {
-            let (shape, with) = (
-                shape_text(&shape),
-                if offsets.is_some() { "with" } else { "without" },
-            );
-            return Err(call.value_error(format!(
-                "rewards must be [B, T], or packed [N] with cu_seqlens, got shape {shape} {with} cu_seqlens"
-            )));
-        }
-    };
+    let like = ("rewards", &shape[..]);
+    shapes::same_shape(&call, like, ("values", values.shape(&outputs)))?;
+    shapes::same_shape(&call, like, ("out[0]", advantages.shape()))?;
+    shapes::same_shape(&call, like, ("out[1]", returns.shape()))?;
+    let terminated = shapes::flags(&mut call, "terminated", given.terminated, like)?;
+    let mask = shapes::flags(&mut call, "mask", given.mask, like)?;
+    let offsets = shapes::offsets(&mut call, given.cu_seqlens)?;
+    let rows = shapes::rows(&call, like, offsets.as_ref())?;
     let bootstrap: Option<Reader<T>> = given
         .bootstrap
-        .map(|array| call.read("bootstrap", array))
+        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.len()))
         .transpose()?;
-    if let Some(bootstrap) = &bootstrap
-        && bootstrap.shape() != [rows.len()]
-    {
-        return Err(call.value_error(format!(
-            "bootstrap must hold one value for each of the {} rows, got shape {}",
-            rows.len(),
-            shape_text(bootstrap.shape())
-        )));
-    }
     let problem = Gae {
         rewards: input(&rewards),
         values: input(&values),
-        terminated: flags[0].as_ref().map(Reader::slice),
-        mask: flags[1].as_ref().map(Reader::slice),
+        terminated: terminated.as_ref().map(Reader::slice),
+        mask: mask.as_ref().map(Reader::slice),
         bootstrap: bootstrap.as_ref().map(Reader::slice),
         rows,
         gamma: given.gamma,
@@ -139,16 +98,6 @@ fn typed<T: Dtype + Real>(
     let (advantages, returns) = (advantages.slice_mut(), returns.slice_mut());
     py.detach(|| problem.run(advantages, returns, given.threads));
     Ok(())
-}
-
-fn same_shape(call: &Call, expected: &[usize], name: &str, got: &[usize]) -> PyResult<()> {
-    if got == expected {
-        return Ok(());
-    }
-    let (expected, got) = (shape_text(expected), shape_text(got));
-    Err(call.value_error(format!(
-        "rewards and {name} must have the same shape, got {expected} and {got}"
-    )))
 }
 
 fn input<T: Dtype>(source: &Source<T>) -> Input<'_, T> {

@@ -4,6 +4,8 @@ pub mod collate;
 pub mod gae;
 pub mod lists;
 pub mod packing;
+pub mod returns;
+mod shapes;
 
 use pyo3::prelude::*;
 

@@ -1,0 +1,84 @@
+"""Numbers in rows, in every form that functions over tokens take: padded, packed with offsets, columns of lists."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prefkern import _check
+from prefkern.data._arrays import Array, flags, floats, indices, is_array, is_arrow, vector, view
+from prefkern.data._ragged import Ragged, is_column, like_array, like_column, ragged, rectangle, same_rows
+
+
+class Grid(NamedTuple):
+    """The argument that the others must match, as contiguous float32 or float64 ``cells``.
+
+    ``offsets`` is None for ``[B, T]``; ``lists`` says that they are those of a column of lists.
+    """
+
+    where: str
+    name: str
+    given: Any
+    cells: Array
+    offsets: Array | None
+    lists: bool
+
+    def like(self, name: str, given: Any) -> Array:
+        """Numbers of the same dtype for the same cells (their number is the compiled function's to check)."""
+        if not self.lists:
+            return self._floats(name, vector(self.where, name, given, integers=False))
+        return self._floats(name, self._column(name, given, integers=False))
+
+    def flags(self, name: str, given: Any) -> Array | None:
+        """Flags for the same cells."""
+        if given is None:
+            return None
+        if self.lists:
+            array = self._column(name, given, integers=True)
+        elif is_array(given):
+            array = view(self.where, name, given)
+        elif self.offsets is not None:
+            array = vector(self.where, name, given, integers=True)
+        else:
+            array = rectangle(self.where, name, given)
+        return flags(self.where, name, array)
+
+    def per_row(self, name: str, given: Any) -> Array:
+        """One number for each row."""
+        array = vector(self.where, name, given, integers=False)
+        return self._floats(name, array.astype(self.cells.dtype) if isinstance(given, list | tuple) else array)
+
+    def fresh(self) -> Array:
+        """An output for the same cells."""
+        return np.empty(self.cells.shape, self.cells.dtype)
+
+    def restore(self, cells: Array) -> Any:
+        """An output as the kind of the argument."""
+        if not self.lists or self.offsets is None:
+            return like_array(cells, self.given)
+        return like_column(cells, self.offsets, self.given)
+
+    def _column(self, name: str, given: Any, *, integers: bool) -> Array:
+        rows = ragged(self.where, name, given, integers=integers)
+        if self.offsets is not None:
+            same_rows(self.where, name, rows, self.name, Ragged(self.cells, self.offsets))
+        return rows.values
+
+    def _floats(self, name: str, array: Array) -> Array:
+        if array.dtype != self.cells.dtype:
+            _check.fail_type(
+                self.where,
+                f"{self.name} and {name} must have the same dtype, got {self.cells.dtype} and {array.dtype}",
+            )
+        return floats(self.where, name, array)
+
+
+def grid(where: str, name: str, given: Any, cu_seqlens: Any) -> Grid:
+    """``given`` as a grid; ``cu_seqlens`` is for packed arrays only."""
+    if is_arrow(given) or (is_column(given) and cu_seqlens is None):
+        if cu_seqlens is not None:
+            _check.fail(where, "cu_seqlens is for packed arrays; rows that are lists have lengths of their own")
+        rows = ragged(where, name, given, integers=False)
+        return Grid(where, name, given, floats(where, name, rows.values), rows.offsets, lists=True)
+    cells = floats(where, name, vector(where, name, given, integers=False))
+    offsets = None if cu_seqlens is None else indices(where, "cu_seqlens", cu_seqlens)
+    return Grid(where, name, given, cells, offsets, lists=False)

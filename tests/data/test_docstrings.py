@@ -1,0 +1,14 @@
+"""The examples of docstrings print what they say."""
+
+import doctest
+
+import pytest
+
+from prefkern.data import advantages, returns
+
+
+@pytest.mark.parametrize("module", [advantages, returns], ids=lambda module: module.__name__)
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted >= 1
+    assert found.failed == 0

@@ -103,20 +103,8 @@ def _linear_fwd(
     return *tensors, held
 
 
-def _linear_fwd_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    outputs: list[str],
-    compute_dtype: torch.dtype,
-    k_max: int,
-) -> tuple[Tensor, ...]:
+def _linear_fwd_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, outputs, compute_dtype, k_max = others
     held = hidden.new_empty(torch.sym_min(hidden.shape[0], k_max), weight.shape[0], dtype=compute_dtype)
     return *_empty_stats(hidden, outputs, _wide(compute_dtype)), held
 
@@ -168,30 +156,13 @@ def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _linear_bwd_fake(
-    held: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logps: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    g_logps: Tensor | None,
-    g_entropy: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    held: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def like(needed: bool, value: Tensor | None) -> Tensor:
+    def like(value: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
 
-    return like(need_hidden, hidden), like(need_weight, weight), like(need_bias, bias)
+    need_hidden, need_weight, need_bias = others[-3:]
+    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -234,16 +205,8 @@ def _logits_fwd(
     return tensors
 
 
-def _logits_fwd_fake(
-    logits: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    outputs: list[str],
-) -> tuple[Tensor, ...]:
-    return _empty_stats(logits, outputs, _wide(logits.dtype))
+def _logits_fwd_fake(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_stats(logits, others[-1], _wide(logits.dtype))
 
 
 def _logits_bwd(

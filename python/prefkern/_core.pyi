@@ -6,7 +6,18 @@ from typing import Any, Literal
 from numpy import float32, float64, int32, int64, uint8
 from numpy.typing import NDArray
 
-__all__ = ["collate_pairs", "discounted_returns", "flatten", "gae", "pack", "pair_lengths"]
+__all__ = [
+    "collate_pairs",
+    "discounted_returns",
+    "flatten",
+    "gae",
+    "group_advantages",
+    "masked_moments",
+    "pack",
+    "pair_lengths",
+    "standardise",
+    "token_rewards",
+]
 
 def gae(
     rewards: NDArray[float32] | NDArray[float64],
@@ -32,6 +43,45 @@ def discounted_returns(
     terminated: NDArray[uint8] | None = None,
     mask: NDArray[uint8] | None = None,
     bootstrap: NDArray[float32] | NDArray[float64] | None = None,
+    cu_seqlens: NDArray[int64] | None = None,
+    threads: int = 1,
+) -> None: ...
+def masked_moments(
+    place: str,
+    x: NDArray[float32] | NDArray[float64],
+    *,
+    mask: NDArray[uint8] | None = None,
+    threads: int = 1,
+) -> tuple[int, float, float]: ...
+def standardise(
+    place: str,
+    x: NDArray[float32] | NDArray[float64],
+    out: NDArray[float32] | NDArray[float64],
+    *,
+    center: float,
+    scale: float,
+    shift: float,
+    mask: NDArray[uint8] | None = None,
+    threads: int = 1,
+) -> None: ...
+def group_advantages(
+    rewards: NDArray[float32] | NDArray[float64],
+    advantages: NDArray[float32] | NDArray[float64],
+    *,
+    method: Literal["per_group", "per_batch", "centered", "leave_one_out", "whitened"],
+    ids: NDArray[int64] | None = None,
+    size: int = 1,
+) -> None: ...
+def token_rewards(
+    logps: NDArray[float32] | NDArray[float64],
+    ref_logps: NDArray[float32] | NDArray[float64],
+    scores: NDArray[float32] | NDArray[float64],
+    rewards: NDArray[float32] | NDArray[float64],
+    *,
+    kl_coef: float,
+    kl_estimator: Literal["k1", "k2", "k3"],
+    after_last: bool,
+    mask: NDArray[uint8] | None = None,
     cu_seqlens: NDArray[int64] | None = None,
     threads: int = 1,
 ) -> None: ...

@@ -71,3 +71,25 @@ class Packs(NamedTuple):
 
     order: NDArray[np.int64]
     offsets: NDArray[np.int64]
+
+
+class MaskedStats(NamedTuple):
+    """How many numbers were scored, their mean, and ``m2``, the sum of their squared deviations from it, in float64."""
+
+    n: int
+    mean: float
+    m2: float
+
+    def merge(self, other: "MaskedStats") -> "MaskedStats":
+        """The statistics of both together, by Chan's formula, which subtracts no large numbers."""
+        if self.n == 0 or other.n == 0:
+            return other if self.n == 0 else self
+        n = self.n + other.n
+        share = other.n / n
+        apart = other.mean - self.mean
+        return MaskedStats(n, self.mean + apart * share, self.m2 + other.m2 + apart * apart * share * self.n)
+
+    @property
+    def variance(self) -> float:
+        """``m2 / (n - 1)``; 0 with fewer than two numbers."""
+        return self.m2 / (self.n - 1) if self.n > 1 else 0.0

@@ -5,7 +5,10 @@
 mod buffer;
 mod collate;
 mod gae;
+mod groups;
+mod moments;
 mod packing;
+mod penalty;
 mod python;
 mod returns;
 mod rows;
@@ -18,8 +21,11 @@ mod _core {
     use crate::python::{
         collate::{collate_pairs, pair_lengths},
         gae::gae,
+        groups::group_advantages,
         lists::flatten,
+        moments::{masked_moments, standardise},
         packing::pack,
+        penalty::token_rewards,
         returns::discounted_returns,
     };
 }

@@ -82,3 +82,18 @@ def grid(where: str, name: str, given: Any, cu_seqlens: Any) -> Grid:
     cells = floats(where, name, vector(where, name, given, integers=False))
     offsets = None if cu_seqlens is None else indices(where, "cu_seqlens", cu_seqlens)
     return Grid(where, name, given, cells, offsets, lists=False)
+
+
+def any_shape(where: str, name: str, given: Any) -> Grid:
+    """``given`` as a grid whose rows do not matter: an array of any shape, a flat list, or a column of lists."""
+    if is_arrow(given) or (isinstance(given, list | tuple) and len(given) and _is_row(given[0])):
+        return grid(where, name, given, None)
+    cells = floats(where, name, vector(where, name, given, integers=False))
+    if cells.ndim == 0:
+        _check.fail(where, f"{name} must have at least one dimension, got the number {cells}")
+    offsets = np.array([0, len(cells)]) if cells.ndim == 1 else None
+    return Grid(where, name, given, cells, offsets, lists=False)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (is_array(value) and value.ndim > 0)

@@ -2,8 +2,11 @@
 
 pub mod collate;
 pub mod gae;
+pub mod groups;
 pub mod lists;
+pub mod moments;
 pub mod packing;
+pub mod penalty;
 pub mod returns;
 mod shapes;
 

@@ -1,0 +1,178 @@
+//! Count, mean and sum of squared deviations of the scored cells, in float64: two passes over blocks that stay in cache,
+//! merged by Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
+
+use crate::gae::Real;
+use crate::rows::{share, worthwhile_threads};
+
+const BLOCK: usize = 1 << 12;
+/// Independent sums, which the compiler keeps in vector registers.
+const LANES: usize = 16;
+const BLOCKS_PER_TASK: usize = 16;
+static ALL: [u8; BLOCK] = [1; BLOCK];
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Moments {
+    pub count: usize,
+    pub mean: f64,
+    pub m2: f64,
+}
+
+impl Moments {
+    const NONE: Moments = Moments {
+        count: 0,
+        mean: 0.0,
+        m2: 0.0,
+    };
+
+    /// Those of the cells where `mask` is not 0; `mask`, where given, is as long as `x`.
+    pub fn of<T: Real>(x: &[T], mask: Option<&[u8]>, threads: usize) -> Self {
+        let mut blocks = vec![Self::NONE; x.len().div_ceil(BLOCK)];
+        let parts: Vec<_> = blocks
+            .chunks_mut(BLOCKS_PER_TASK)
+            .zip(x.chunks(BLOCK * BLOCKS_PER_TASK))
+            .zip((0..).step_by(BLOCK * BLOCKS_PER_TASK))
+            .collect();
+        let threads = worthwhile_threads(size_of_val(x), threads);
+        share(parts, threads, |((found, cells), start)| {
+            for (block, (found, cells)) in found.iter_mut().zip(cells.chunks(BLOCK)).enumerate() {
+                let first = start + block * BLOCK;
+                let mask = mask.map_or(&ALL[..cells.len()], |mask| &mask[first..][..cells.len()]);
+                *found = Self::block(cells, mask);
+            }
+        });
+        blocks.into_iter().fold(Self::NONE, Self::merge)
+    }
+
+    fn merge(self, other: Self) -> Self {
+        if self.count == 0 || other.count == 0 {
+            return if self.count == 0 { other } else { self };
+        }
+        let count = self.count + other.count;
+        let share = other.count as f64 / count as f64;
+        let apart = other.mean - self.mean;
+        Moments {
+            count,
+            mean: self.mean + apart * share,
+            m2: self.m2 + other.m2 + apart * apart * share * self.count as f64,
+        }
+    }
+
+    fn block<T: Real>(cells: &[T], mask: &[u8]) -> Self {
+        let count = mask.iter().map(|&flag| usize::from(flag != 0)).sum();
+        if count == 0 {
+            return Self::NONE;
+        }
+        let n = count as f64;
+        let rough = sums(cells, mask, 0.0).0 / n;
+        // What rounding left of the mean's error is the mean of the deviations from it.
+        let (first, second) = sums(cells, mask, rough);
+        Moments {
+            count,
+            mean: rough + first / n,
+            m2: (second - first * first / n).max(0.0),
+        }
+    }
+}
+
+/// The sums of the scored cells' deviations from `center`, and of their squares.
+fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
+    let (mut first, mut second) = ([0.0; LANES], [0.0; LANES]);
+    let mut add = |lane: usize, cell: T, flag: u8| {
+        let deviation = if flag != 0 {
+            cell.widen() - center
+        } else {
+            0.0
+        };
+        first[lane] += deviation;
+        second[lane] += deviation * deviation;
+    };
+    let (cells, flags) = (cells.chunks_exact(LANES), mask.chunks_exact(LANES));
+    let rest = cells.remainder().iter().zip(flags.remainder());
+    for (lane, (&cell, &flag)) in rest.enumerate() {
+        add(lane, cell, flag);
+    }
+    for (cells, flags) in cells.zip(flags) {
+        for lane in 0..LANES {
+            add(lane, cells[lane], flags[lane]);
+        }
+    }
+    (first.iter().sum(), second.iter().sum())
+}
+
+/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere.
+pub fn standardise<T: Real>(
+    x: &[T],
+    mask: Option<&[u8]>,
+    [center, scale, shift]: [f64; 3],
+    out: &mut [T],
+    threads: usize,
+) {
+    let threads = worthwhile_threads(2 * size_of_val(x), threads);
+    let parts: Vec<_> = x
+        .chunks(BLOCK * BLOCKS_PER_TASK)
+        .zip(out.chunks_mut(BLOCK * BLOCKS_PER_TASK))
+        .zip((0..).step_by(BLOCK * BLOCKS_PER_TASK))
+        .collect();
+    share(parts, threads, |((cells, out), start)| {
+        for (block, (cells, out)) in cells.chunks(BLOCK).zip(out.chunks_mut(BLOCK)).enumerate() {
+            let first = start + block * BLOCK;
+            let mask = mask.map_or(&ALL[..cells.len()], |mask| &mask[first..][..cells.len()]);
+            for ((&cell, &flag), out) in cells.iter().zip(mask).zip(out) {
+                let value = (cell.widen() - center) * scale + shift;
+                *out = T::narrow(if flag != 0 { value } else { 0.0 });
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn by_hand() {
+        let x = [1.0, 2.0, 3.0, 6.0];
+        let expected = |count, mean, m2| Moments { count, mean, m2 };
+        assert_eq!(Moments::of(&x, None, 1), expected(4, 3.0, 14.0));
+        assert_eq!(
+            Moments::of(&x, Some(&[1, 0, 1, 0]), 1),
+            expected(2, 2.0, 2.0)
+        );
+        assert_eq!(
+            Moments::of(&[7.0, f64::NAN], Some(&[1, 0]), 1),
+            expected(1, 7.0, 0.0)
+        );
+        assert_eq!(Moments::of(&x, Some(&[0; 4]), 1), Moments::NONE);
+        assert_eq!(Moments::of::<f32>(&[], None, 1), Moments::NONE);
+    }
+
+    #[test]
+    fn blocks_and_threads_change_nothing() {
+        let cells = 40 * BLOCK * BLOCKS_PER_TASK + 5;
+        let x: Vec<f64> = (0..cells).map(|cell| (cell % 2) as f64 + 1e8).collect();
+        let mask: Vec<u8> = (0..cells).map(|cell| u8::from(cell % 5 != 4)).collect();
+        let one = Moments::of(&x, Some(&mask), 1);
+        let scored = mask.iter().filter(|&&flag| flag != 0).count();
+        let ones = (0..cells)
+            .filter(|cell| cell % 2 == 1 && cell % 5 != 4)
+            .count() as f64;
+        let n = scored as f64;
+        assert_eq!(one.count, scored);
+        assert!((one.mean - 1e8 - ones / n).abs() < 1e-7);
+        assert!((one.m2 / (ones * (n - ones) / n) - 1.0).abs() < 1e-8);
+        assert_eq!(Moments::of(&x, Some(&mask), 7), one);
+    }
+
+    #[test]
+    fn standardised() {
+        let mut out = [9.0; 3];
+        standardise(
+            &[1.0, f64::NAN, 5.0],
+            Some(&[1, 0, 1]),
+            [3.0, 0.5, 10.0],
+            &mut out,
+            1,
+        );
+        assert_eq!(out, [9.0, 0.0, 11.0]);
+    }
+}

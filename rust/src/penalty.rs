@@ -1,0 +1,190 @@
+//! Per-token rewards: minus a KL penalty at every scored cell, and the row's score at one of them. Sums run in float64 and
+//! are rounded once when they are stored; cells that are not scored are never read.
+
+use std::sync::Mutex;
+
+use crate::gae::Real;
+use crate::rows::{Rows, share, worthwhile_threads};
+
+/// Estimates of the KL divergence from one sample, by `x = lp_ref - lp`.
+#[derive(Clone, Copy)]
+pub enum Estimator {
+    /// `-x`
+    K1,
+    /// `x^2 / 2`
+    K2,
+    /// `e^x - x - 1`
+    K3,
+}
+
+impl Estimator {
+    fn of(self, x: f64) -> f64 {
+        match self {
+            Estimator::K1 => -x,
+            Estimator::K2 => x * x / 2.0,
+            Estimator::K3 => x.exp_m1() - x,
+        }
+    }
+}
+
+pub struct Rewards<'a, T> {
+    pub logps: &'a [T],
+    pub ref_logps: &'a [T],
+    /// One for each row.
+    pub scores: &'a [T],
+    pub mask: Option<&'a [u8]>,
+    pub rows: Rows<'a>,
+    pub kl_coef: f64,
+    pub estimator: Estimator,
+    /// The score goes to the cell after the last scored one, where the row has one.
+    pub after_last: bool,
+}
+
+/// Rows that have no right answer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Their score has no cell to go to.
+    Empty(Vec<usize>),
+    /// A scored cell holds NaN, or an infinite penalty.
+    NotFinite(Vec<usize>),
+}
+
+impl<T: Real> Rewards<'_, T> {
+    /// Fills `rewards`, one element for each cell of `rows`.
+    pub fn run(&self, rewards: &mut [T], threads: usize) -> Result<(), Refused> {
+        let threads = worthwhile_threads(3 * size_of_val(rewards), threads);
+        let wrong = Mutex::new((Vec::new(), Vec::new()));
+        share(self.rows.split(rewards, threads), threads, |part| {
+            let (mut empty, mut not_finite) = (Vec::new(), Vec::new());
+            for (row, cells) in part {
+                let (placed, finite) = self.row(row, cells);
+                if !placed {
+                    empty.push(row);
+                }
+                if !finite {
+                    not_finite.push(row);
+                }
+            }
+            if let Ok(mut wrong) = wrong.lock() {
+                wrong.0.extend(empty);
+                wrong.1.extend(not_finite);
+            }
+        });
+        let (mut empty, mut not_finite) = wrong.into_inner().unwrap_or_default();
+        empty.sort_unstable();
+        not_finite.sort_unstable();
+        if !empty.is_empty() {
+            return Err(Refused::Empty(empty));
+        }
+        if !not_finite.is_empty() {
+            return Err(Refused::NotFinite(not_finite));
+        }
+        Ok(())
+    }
+
+    /// Whether the score found its cell, and whether every penalty is finite.
+    fn row(&self, row: usize, rewards: &mut [T]) -> (bool, bool) {
+        let start = self.rows.range(row).start;
+        let scored = |t: usize| self.mask.is_none_or(|mask| mask[start + t] != 0);
+        let (mut last, mut finite) = (None, true);
+        for (t, reward) in rewards.iter_mut().enumerate() {
+            *reward = T::ZERO;
+            if !scored(t) {
+                continue;
+            }
+            last = Some(t);
+            if self.kl_coef != 0.0 {
+                let penalty = -self.kl_coef * self.kl(start + t);
+                *reward = T::narrow(penalty);
+                finite &= reward.widen().is_finite();
+            }
+        }
+        let score = self.scores[row].widen();
+        let Some(last) = last else {
+            return (score == 0.0, finite);
+        };
+        if self.after_last && last + 1 < rewards.len() {
+            rewards[last + 1] = T::narrow(score);
+        } else {
+            let penalty = if self.kl_coef == 0.0 {
+                0.0
+            } else {
+                -self.kl_coef * self.kl(start + last)
+            };
+            rewards[last] = T::narrow(penalty + score);
+        }
+        (true, finite)
+    }
+
+    fn kl(&self, cell: usize) -> f64 {
+        self.estimator
+            .of(self.ref_logps[cell].widen() - self.logps[cell].widen())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGPS: [f64; 4] = [-1.0, -2.0, f64::NAN, -3.0];
+    const REF: [f64; 4] = [-2.0, -1.0, f64::NAN, -3.0];
+
+    fn problem(mask: &[u8]) -> Rewards<'_, f64> {
+        Rewards {
+            logps: &LOGPS,
+            ref_logps: &REF,
+            scores: &[10.0],
+            mask: Some(mask),
+            rows: Rows::Padded { rows: 1, width: 4 },
+            kl_coef: 0.5,
+            estimator: Estimator::K1,
+            after_last: false,
+        }
+    }
+
+    fn run(given: &Rewards<'_, f64>) -> Result<Vec<f64>, Refused> {
+        let mut rewards = vec![f64::NAN; 4];
+        given.run(&mut rewards, 1).map(|()| rewards)
+    }
+
+    #[test]
+    fn by_hand() {
+        let mut given = problem(&[1, 1, 0, 0]);
+        assert_eq!(run(&given).unwrap(), [-0.5, 10.5, 0.0, 0.0]);
+        given.after_last = true;
+        assert_eq!(run(&given).unwrap(), [-0.5, 0.5, 10.0, 0.0]);
+        given.estimator = Estimator::K2;
+        assert_eq!(run(&given).unwrap(), [-0.25, -0.25, 10.0, 0.0]);
+        given.estimator = Estimator::K3;
+        let (e, e_inverse) = (1.0_f64.exp_m1() - 1.0, (-1.0_f64).exp_m1() + 1.0);
+        assert_eq!(
+            run(&given).unwrap(),
+            [-0.5 * e_inverse, -0.5 * e, 10.0, 0.0]
+        );
+    }
+
+    #[test]
+    fn a_full_row_takes_the_score_at_its_last_cell() {
+        let mut given = problem(&[1, 1, 0, 1]);
+        given.after_last = true;
+        assert_eq!(run(&given).unwrap(), [-0.5, 0.5, 0.0, 10.0]);
+    }
+
+    #[test]
+    fn refused_rows() {
+        assert_eq!(run(&problem(&[0; 4])), Err(Refused::Empty(vec![0])));
+        assert_eq!(run(&problem(&[1; 4])), Err(Refused::NotFinite(vec![0])));
+        let scores = &[0.0];
+        let silent = Rewards {
+            scores,
+            ..problem(&[0; 4])
+        };
+        assert_eq!(run(&silent).unwrap(), [0.0; 4]);
+        let kl_coef = 0.0;
+        let free = Rewards {
+            kl_coef,
+            ..problem(&[1; 4])
+        };
+        assert_eq!(run(&free).unwrap(), [0.0, 0.0, 0.0, 10.0]);
+    }
+}

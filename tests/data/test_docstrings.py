@@ -4,10 +4,10 @@ import doctest
 
 import pytest
 
-from prefkern.data import advantages, returns
+from prefkern.data import advantages, groups, moments, returns, rewards
 
 
-@pytest.mark.parametrize("module", [advantages, returns], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [advantages, groups, moments, returns, rewards], ids=lambda module: module.__name__)
 def test_examples(module):
     found = doctest.testmod(module)
     assert found.attempted >= 1

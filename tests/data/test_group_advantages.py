@@ -171,6 +171,11 @@ def test_equal_rewards_give_exactly_0(variant, reward):
     assert group_advantages([reward, 5.0], [3, 4], **variant) == [0.0, 0.0]
 
 
+def test_a_large_common_offset_costs_no_digits():
+    assert group_advantages([1e16, 1e16 + 2, -5.0], [0, 0, 1], method="dr_grpo") == [-1.0, 1.0, 0.0]
+    assert group_advantages([1e16, 1e16 + 2, -5.0], [0, 0, 1], method="rloo") == [-2.0, 2.0, 0.0]
+
+
 def test_kinds_and_empty():
     assert group_advantages([1, 3, 10], (5, 5, 6), method="dr_grpo") == [-1.0, 1.0, 0.0]
     got = group_advantages(torch.tensor([1.0, 3.0]), torch.tensor([5, 5], dtype=torch.int32), method="rloo")

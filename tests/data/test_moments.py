@@ -1,6 +1,7 @@
 """masked_stats and whiten against numpy in float64, TRL's masked_whiten, and their invariances."""
 
 import functools
+import math
 import multiprocessing
 import re
 
@@ -79,6 +80,17 @@ def test_the_textbook_formula_would_fail_here():
     assert stats.mean == 1e9
     assert stats.variance == pytest.approx(1e5 / (1e5 - 1), rel=1e-12)
     assert np.mean(x * x) - np.mean(x) ** 2 != pytest.approx(1.0, rel=1e-3)
+
+
+def test_the_mean_is_right_to_the_last_digit():
+    rng = np.random.default_rng(0)
+    for offset in (0.1, 1e6, -1e12):
+        x = offset + rng.random(4000)
+        stats, mean = masked_stats(x), math.fsum(x) / len(x)
+        assert abs(stats.mean - mean) <= np.spacing(abs(mean))
+        centred = x.astype(np.longdouble) - np.longdouble(mean)
+        exact = float(np.square(centred).sum() - centred.sum() ** 2 / len(x))
+        assert stats.m2 == pytest.approx(exact, rel=1e-14)
 
 
 def test_threads_and_blocks_change_nothing():

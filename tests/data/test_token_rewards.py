@@ -107,9 +107,10 @@ def test_packed_and_lists_equal_padded(case, score_at, kl_estimator):
 
 
 def test_a_small_divergence_keeps_its_digits():
-    x = 1e-6
-    got = token_rewards(np.array([[-1.0]]), np.array([[-1.0 + x]]), [0.0], kl_coef=1.0, kl_estimator="k3")
-    assert -got[0, 0] == pytest.approx(((-1.0 + x) + 1.0) ** 2 / 2, rel=1e-6)
+    x = 2.0 ** -np.arange(10, 24, dtype=float)  # exact as a difference from -1
+    got = -token_rewards(np.full((1, 14), -1.0), -1.0 + x[None], [0.0], kl_coef=1.0, kl_estimator="k3")[0]
+    series = x**2 / 2 + x**3 / 6 + x**4 / 24 + x**5 / 120
+    assert (np.abs(got - series) <= 4 * np.finfo(float).eps * x).all()
 
 
 def test_the_two_places_give_one_discounted_sum_without_discount():

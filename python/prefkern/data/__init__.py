@@ -3,6 +3,19 @@ Arrow list arrays in, read without a copy where their memory allows it."""
 
 from prefkern.data.advantages import gae
 from prefkern.data.collators import collate_pairs
+from prefkern.data.groups import group_advantages
+from prefkern.data.moments import masked_stats, whiten
 from prefkern.data.packing import pack
+from prefkern.data.returns import discounted_returns
+from prefkern.data.rewards import token_rewards
 
-__all__ = ["collate_pairs", "gae", "pack"]
+__all__ = [
+    "collate_pairs",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
+    "masked_stats",
+    "pack",
+    "token_rewards",
+    "whiten",
+]

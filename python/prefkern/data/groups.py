@@ -36,7 +36,7 @@ def group_advantages(
     Standard deviations are unbiased (n - 1). Sums run in float64; equal rewards give exactly 0.
 
     A NaN reward is that of a completion that could not be scored: it counts in no mean and its advantage is 0. So is
-    that of a completion alone in its group (verl gives it ``R / (1 + epsilon)`` instead)::
+    that of a completion alone in its group::
 
         >>> group_advantages([1.0, 3.0, 5.0, float("nan"), 7.0], [8, 8, 8, 8, -1], method="rloo")
         [-3.0, 0.0, 3.0, 0.0, 0.0]

@@ -1,0 +1,99 @@
+"""What the demo shows at the end: a table, an answer before and after, and a plot."""
+
+import io
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from prefkern._check import require
+from prefkern.demo.data import Refused
+from prefkern.demo.train import Run
+
+PLOT = "curves.png"
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a place that cannot become a folder to write into, without creating anything."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise Refused(f"cannot write into {folder}: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Refused(f"cannot write into {folder}: no permission for {existing}")
+
+
+def largest_difference(theirs: Run, ours: Run) -> float:
+    return max(abs(one.loss - other.loss) for one, other in zip(theirs.steps, ours.steps, strict=True))
+
+
+def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
+    runs = (theirs, ours)
+    table = Table(title="DPO with TRL's DPOTrainer, same seed", title_style="bold", min_width=72)
+    table.add_column("")
+    table.add_column("TRL's own head", justify="right")
+    table.add_column("prefkern", justify="right", style="green")
+
+    def change(kind: str, form: str) -> list[str]:
+        return [f"{format(getattr(r.before, kind), form)} → {format(getattr(r.after, kind), form)}" for r in runs]
+
+    table.add_section()
+    table.add_row(f"loss on {held_out} held-out pairs", *change("loss", ".3f"))
+    table.add_row("margin, chosen over rejected", *change("margin", ".2f"))
+    table.add_row("accuracy", *change("accuracy", ".0%"))
+    table.add_section()
+    table.add_row("largest difference of the loss curves", "", f"{largest_difference(theirs, ours):.1e}")
+    table.add_row("calls of the head through prefkern", *(str(run.prefkern_calls) for run in runs))
+    table.add_section()
+    steps = [statistics.median(step.seconds for step in run.steps) for run in runs]
+    heads = [statistics.median(step.head_seconds for step in run.steps) for run in runs]
+    peaks = [float(run.head_peak) for run in runs]
+    table.add_row("a training step (median)", *(f"{seconds:.2f} s" for seconds in steps))
+    table.add_row("  of it the head", f"{heads[0]:.2f} s", f"{_times_less(heads)}{heads[1]:.2f} s")
+    table.add_row("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{_times_less(peaks)}{peaks[1] / 1e6:.0f} MB")
+    console.print()
+    console.print(table)
+
+
+def _times_less(values: Sequence[float]) -> str:
+    return f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else ""
+
+
+def show_answers(console: Console, question: str, before: str, after: str, steps: int) -> None:
+    for title, text, style in (("before", before, "dim"), (f"after {steps} steps", after, "green")):
+        heading = Text(f"{question}  ({title}: {len(text.split())} words)")
+        console.print(Panel(Text(text), title=heading, title_align="left", border_style=style, width=100))
+
+
+def plot(theirs: Run, ours: Run) -> bytes:
+    """Loss and margin of every step, as PNG."""
+    figure_module = require("matplotlib.figure", "prefkern demo", "pip install 'prefkern[demo]'")
+    figure = figure_module.Figure(figsize=(10, 4), layout="constrained", dpi=120)
+    panels = figure.subplots(1, 2)
+    for axes, kind, title in zip(panels, ("loss", "margin"), ("DPO loss", "margin, chosen over rejected"), strict=True):
+        steps = range(1, len(ours.steps) + 1)
+        their_values, our_values = ([getattr(step, kind) for step in run.steps] for run in (theirs, ours))
+        axes.plot(steps, their_values, label="TRL's own head", linewidth=6, alpha=0.35)
+        axes.plot(steps, our_values, label="prefkern", linewidth=1.6, marker="o", markersize=4)
+        axes.set_title(title)
+        axes.set_xlabel("training step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def save(folder: Path, picture: bytes) -> Path:
+    """Writes the plot whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+        part.write(picture)
+    return Path(part.name).replace(folder / PLOT)

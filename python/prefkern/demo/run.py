@@ -1,0 +1,98 @@
+"""The demo from the loaded model to the plot, with a progress bar on every part that takes time."""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from prefkern._check import require
+from prefkern.demo import data, model, report, train
+
+
+def run(name: str | None, pairs: list[data.Pair], steps: int, output: Path) -> None:
+    """Everything; prints to standard output and writes the plot into ``output``."""
+    began = time.monotonic()
+    console = Console(file=sys.stdout)
+    split = data.split(pairs, steps * train.BATCH)
+    question = split.held_out[0].prompt
+    console.print(
+        f"DPO on {len(split.train)} preference pairs, {len(split.held_out)} held out: "
+        f"{steps} steps of {train.BATCH} pairs, twice, on the CPU"
+    )
+    with _silence() as terminal:
+        shown = Console(file=terminal)
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=shown, redirect_stdout=False, redirect_stderr=False) as progress:
+            task = progress.add_task(f"load {name or model.NAME}", total=2)
+            for module in ("transformers", "datasets", "trl"):
+                require(module, "prefkern demo", "pip install 'prefkern[demo]'")
+            _quiet_libraries()
+            progress.advance(task)
+            loaded = model.load(name)
+            progress.advance(task)
+
+            task = progress.add_task("an answer before training", total=1)
+            before = model.answer(loaded, loaded.model, question)
+            progress.advance(task)
+
+            # a batch passes the head once in scoring; in a step, once in the policy and once in the reference
+            passes = 2 * train.batches(len(split.held_out)) + 2 * steps
+            runs = []
+            for label, with_prefkern in (("train with TRL's own head", False), ("train with prefkern", True)):
+                task = progress.add_task(label, total=passes)
+
+                def advance(task: TaskID = task) -> None:
+                    progress.advance(task)
+
+                runs.append(train.train(loaded, split, steps=steps, with_prefkern=with_prefkern, on_batch=advance))
+            task = progress.add_task("the same answer after training", total=1)
+            after = model.answer(loaded, runs[1].model, question)
+            progress.advance(task)
+    theirs, ours = runs
+    path = report.save(output, report.plot(theirs, ours))
+    report.show(console, theirs, ours, held_out=len(split.held_out))
+    report.show_answers(console, question, before, after, steps)
+    console.print(f"\nplot: {path}   ({time.monotonic() - began:.0f} s in all)", highlight=False)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[IO[str]]:
+    """Keeps what libraries print off the screen; yields the terminal for the progress bars."""
+    terminal = sys.stdout
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield terminal
+
+
+def _quiet_libraries() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for name in ("transformers.utils.logging", "datasets.utils.logging"):
+        logging = require(name, "prefkern demo", "pip install 'prefkern[demo]'")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -78,10 +78,12 @@ format: setup ## format Python and Rust
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && cargo fmt
 
 compile-report: setup $(TRITON_OLD)/.done ## compile every kernel offline for every target with both Tritons
-	@$(BIN)/python tools/compile_report.py --both $(ARGS)
+	@$(BIN)/python tools/compile_report.py --both --markdown bench/results/compile.md $(ARGS)
+	@$(BIN)/python tools/measured.py
 
 mutants: setup ## one-line breaks of every kernel that the tests must catch
-	@$(BIN)/python tools/mutants.py $(ARGS)
+	@$(BIN)/python tools/mutants.py --markdown bench/results/mutants.md $(ARGS)
+	@$(BIN)/python tools/measured.py
 
 constraints: setup ## refresh constraints.txt from .venv
 	@$(BIN)/python tools/freeze.py

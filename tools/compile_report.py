@@ -1,6 +1,6 @@
 """Compiles every kernel for every target without a GPU and asserts what the machine code must be.
 
-    python tools/compile_report.py [--both | --oldest] [--target sm_90 ...] [--kernel NAME] [--json FILE] [--opcodes]
+    python tools/compile_report.py [--both | --oldest] [--target sm_90 ...] [--json FILE] [--markdown FILE]
 
 Each row is one specialisation on one target: registers, spills, shared memory, the widest global load and store, the
 instructions per element of each main loop. Exit code 1 when a row breaks an assertion: no spills, 128-bit loads,
@@ -111,6 +111,31 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A line per specialisation: registers and instructions on NVIDIA targets, with today's Triton; then the sums."""
+    cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    today = rows[0]["triton"]
+    for row in rows:
+        if row["triton"] == today and row["target"].startswith("sm"):
+            cells.setdefault((row["kernel"], row["case"]), {})[row["target"]] = row
+    targets = list(next(iter(cells.values())))
+    lines = [
+        f"| Triton {today} | case | registers, {' / '.join(targets)} | instructions per element | load, store bits |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for (kernel, case), on in cells.items():
+        registers = " / ".join(str(on[target]["registers"]) for target in targets)
+        counts = " / ".join(" + ".join(f"{value:g}" for value in on[target]["per_element"]) for target in targets)
+        widths = f"{on[targets[0]]['load_bits']}, {on[targets[0]]['store_bits']}"
+        lines.append(f"| `{kernel}` | {case} | {registers} | {counts} | {widths} |")
+    lines += ["", "| | kernels compiled | with spills | break a ceiling |", "| --- | ---: | ---: | ---: |"]
+    for version, target in dict.fromkeys((row["triton"], row["target"]) for row in rows):
+        chosen = [row for row in rows if (row["triton"], row["target"]) == (version, target)]
+        spilling, bad = (sum(map(bool, values)) for values in ((r["spills"] for r in chosen), map(broken, chosen)))
+        lines.append(f"| Triton {version}, {target} | {len(chosen)} | {spilling} | {bad} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--both", action="store_true", help="also with the oldest supported Triton")
@@ -118,6 +143,7 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write a table to this file, if nothing is left out")
     parser.add_argument("--opcodes", action="store_true", help="show what the longest loop of each row consists of")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -146,6 +172,9 @@ def main() -> int:
             print(f"{row['kernel']} {row['case']} {row['target']}: {row['opcodes']}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.markdown and not options.kernel and len(options.target) == len(TARGETS):
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(markdown(rows))
     bad = sum(bool(broken(row)) for row in rows)
     print(f"{len(rows)} kernels compiled, {bad} break an assertion")
     return 1 if bad or not rows else 0

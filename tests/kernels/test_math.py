@@ -23,7 +23,7 @@ def test_expm1_of_confident_log_probabilities(device: torch.device) -> None:
     held, out = torch.zeros(N, 1, device=device), torch.empty(N, 1, device=device)
     one, row = torch.ones(N, device=device), torch.zeros(N, device=device)
     fold.held_bwd(held, row.long(), lp.to(device), row, one, row, out, ignore_index=-100)
-    assert relative(out[:, 0], torch.expm1(lp.double())).max() <= 3 * EPS
+    assert relative(out[:, 0], torch.expm1(lp.double())).max() <= 4 * EPS
 
 
 def test_log2_of_probabilities(device: torch.device) -> None:
@@ -61,7 +61,7 @@ def test_softcap_and_its_slope(cap: float, device: torch.device) -> None:
     slope = 1 / torch.cosh(x.double() / cap) ** 2
     # exp(-2 x) has a relative error that grows with x, where the slope itself vanishes
     error = (out[:, 0].double().cpu() - slope).abs()
-    assert (error <= EPS * slope * (4 + 2 * (x.double() / cap).abs()) + 1e-30).all()
+    assert (error <= EPS * slope * (8 + 2 * (x.double() / cap).abs()) + 1e-30).all()
     assert (out[:, 0] >= 0).all()
 
 

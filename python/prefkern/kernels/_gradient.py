@@ -73,7 +73,7 @@ def write_gradient(
     """Writes ``g`` of V columns; the target is column ``y`` (int64), or none. A row that is not scored is not read."""
     # below a maximum of +inf every probability is 0: in a row that is ignored, or that has no finite logit
     row_max = tl.where(scored & (row_max > float("-inf")), row_max, float("inf"))
-    log2_sum = tl.where(scored, tl.where(logps == logps, log_sum * LOG2E, float("nan")), 0.0)
+    log2_sum = tl.where(scored, log_sum * LOG2E, 0.0)  # NaN where the target is outside the vocabulary
     at_target = tl.where(scored & (logps != float("-inf")), expm1(logps), 0.0)
     log2e_t = LOG2E / tl.where(scored, temperature, 1.0)
     entropy = tl.where(scored, entropy, 0.0)

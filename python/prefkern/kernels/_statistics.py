@@ -111,7 +111,7 @@ def _statistics(
         entropy -= tl.sum(tl.where(decay > 0.0, (e + step * s) * decay, 0.0), 0) / mass / temperature
     log_sq = log_sum
     if HAS_SQ:
-        log_sq = tl.log(tl.where(dead, 1.0, tl.sum(q * decay * decay, 0))) - 2.0 * log_sum
+        log_sq = tl.log(tl.sum(q * decay * decay, 0)) - 2.0 * log_sum
     mean = log_sum
     if HAS_MEAN:
         mean = tl.sum(total, 0) / V / temperature
@@ -126,10 +126,7 @@ def _statistics(
         is_top1 = tl.min(tl.where(x == tl.max(x, 0), cols, V), 0) == y
     # a fused multiply-add may leave the largest weight a rounding below 1, and the sum with it
     logps = tl.minimum((x_y - row_max) / temperature - log_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    none = float("-inf")
-    logps = tl.where(dead, none, logps)
-    row_max = tl.where(dead, none, row_max)
-    log_sq = tl.where(dead, none, log_sq)
+    row_max = tl.where(dead, float("-inf"), row_max)
     return logps, row_max, log_sum, entropy, log_sq, mean, is_top1
 
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from prefkern.types import RowStats, Temperature
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
-# 8 MB of float32: passes find it in the last-level cache. Smaller blocks gain nothing on idle cores and lose much on
-# busy ones, since every pass over a block waits for all threads.
-_BLOCK_ELEMENTS = 1 << 21
+# Elements of a block: a sixteenth of the tile, so that temporaries stay small beside it, between 2 and 8 MB of float32,
+# which the caches hold. Not fewer: every pass over a block waits for all threads, which costs much on busy cores.
+_LEAST, _MOST = 1 << 19, 1 << 21
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
+    step = max(1, min(max(rows * columns // 16, _LEAST), _MOST) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

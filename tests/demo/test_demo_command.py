@@ -1,5 +1,6 @@
 """``python -m prefkern demo``: refusals, and a whole run on a tiny model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,20 +80,19 @@ def test_without_the_extra(missing: str) -> None:
 
 def test_a_whole_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pairs = tmp_path / "pairs.jsonl"
-    rows = tiny.dataset("dpo", 12)
-    rows.to_json(pairs)
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in tiny.dataset("dpo", 12)))
     output = tmp_path / "a" / "b"
     steps = 3
-    assert (
-        main(["--model", str(tiny_model), "--steps", str(steps), "--dataset", str(pairs), "--output", str(output)]) == 0
-    )
+    options = {"--model": tiny_model, "--steps": steps, "--dataset": pairs, "--output": output}
+    capfd.readouterr()
+    assert main([str(part) for option in options.items() for part in option]) == 0
     printed, complaints = capfd.readouterr()
     assert complaints == ""
     assert [path.name for path in output.iterdir()] == ["curves.png"]
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in _cells(printed)}
     heads = 2 * 1 + 2 * steps  # three held-out pairs, scored twice; policy and reference in every step
-    assert table["calls of the head through prefkern"] == ["0", str(heads)]
+    assert table["calls of the head served by prefkern"] == ["0", str(heads)]
     assert float(table["largest difference of the loss curves"][1]) < 1e-4
     assert all(cell.startswith("0.693 → ") for cell in table["loss on 3 held-out pairs"])
     assert all(cell.startswith("50% → ") for cell in table["accuracy"])

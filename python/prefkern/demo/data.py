@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 SHIPPED = Path(__file__).with_name("preferences.jsonl")
 COLUMNS = ("prompt", "chosen", "rejected")
-LEAST, HELD_OUT = 8, 16
+LEAST, HELD_OUT = 8, 12
 
 
 class Refused(Exception):  # noqa: N818 - it is the user's to correct, not a fault

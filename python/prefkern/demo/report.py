@@ -48,26 +48,26 @@ def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
     table.add_row("accuracy", *change("accuracy", ".0%"))
     table.add_section()
     table.add_row("largest difference of the loss curves", "", f"{largest_difference(theirs, ours):.1e}")
-    table.add_row("calls of the head through prefkern", *(str(run.prefkern_calls) for run in runs))
+    table.add_row("calls of the head served by prefkern", *(str(run.prefkern_calls) for run in runs))
     table.add_section()
     steps = [statistics.median(step.seconds for step in run.steps) for run in runs]
     heads = [statistics.median(step.head_seconds for step in run.steps) for run in runs]
     peaks = [float(run.head_peak) for run in runs]
     table.add_row("a training step (median)", *(f"{seconds:.2f} s" for seconds in steps))
-    table.add_row("  of it the head", f"{heads[0]:.2f} s", f"{_times_less(heads)}{heads[1]:.2f} s")
-    table.add_row("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{_times_less(peaks)}{peaks[1] / 1e6:.0f} MB")
+    less = [f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else "" for values in (heads, peaks)]
+    table.add_row("  of it the head, policy and reference", f"{heads[0]:.2f} s", f"{less[0]}{heads[1]:.2f} s")
+    table.add_row("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{less[1]}{peaks[1] / 1e6:.0f} MB")
     console.print()
     console.print(table)
 
 
-def _times_less(values: Sequence[float]) -> str:
-    return f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else ""
-
-
-def show_answers(console: Console, question: str, before: str, after: str, steps: int) -> None:
-    for title, text, style in (("before", before, "dim"), (f"after {steps} steps", after, "green")):
-        heading = Text(f"{question}  ({title}: {len(text.split())} words)")
-        console.print(Panel(Text(text), title=heading, title_align="left", border_style=style, width=100))
+def show_answers(
+    console: Console, questions: Sequence[str], before: Sequence[str], after: Sequence[str], steps: int
+) -> None:
+    for question, old, new in zip(questions, before, after, strict=True):
+        for when, text, style in (("before", old, "dim"), (f"after {steps} steps", new, "green")):
+            title = Text(f"{question}  ({when}: {len(text.split())} words)")
+            console.print(Panel(Text(text), title=title, title_align="left", border_style=style, width=100))
 
 
 def plot(theirs: Run, ours: Run) -> bytes:

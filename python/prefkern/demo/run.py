@@ -15,7 +15,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -23,13 +22,15 @@ from rich.progress import (
 from prefkern._check import require
 from prefkern.demo import data, model, report, train
 
+QUESTIONS = 2
+
 
 def run(name: str | None, pairs: list[data.Pair], steps: int, output: Path) -> None:
     """Everything; prints to standard output and writes the plot into ``output``."""
     began = time.monotonic()
     console = Console(file=sys.stdout)
     split = data.split(pairs, steps * train.BATCH)
-    question = split.held_out[0].prompt
+    questions = [pair.prompt for pair in split.held_out[:QUESTIONS]]
     console.print(
         f"DPO on {len(split.train)} preference pairs, {len(split.held_out)} held out: "
         f"{steps} steps of {train.BATCH} pairs, twice, on the CPU"
@@ -52,27 +53,28 @@ def run(name: str | None, pairs: list[data.Pair], steps: int, output: Path) -> N
             loaded = model.load(name)
             progress.advance(task)
 
-            task = progress.add_task("an answer before training", total=1)
-            before = model.answer(loaded, loaded.model, question)
-            progress.advance(task)
+            before = []
+            task = progress.add_task("answers before training", total=len(questions))
+            for question in questions:
+                before.append(model.answer(loaded, loaded.model, question))
+                progress.advance(task)
 
-            # a batch passes the head once in scoring; in a step, once in the policy and once in the reference
-            passes = 2 * train.batches(len(split.held_out)) + 2 * steps
-            runs = []
-            for label, with_prefkern in (("train with TRL's own head", False), ("train with prefkern", True)):
-                task = progress.add_task(label, total=passes)
+            def trained(label: str, with_prefkern: bool, asked: list[str]) -> train.Run:
+                task = progress.add_task(label, total=train.work(split, steps, len(asked)))
+                return train.train(
+                    loaded,
+                    split,
+                    steps=steps,
+                    with_prefkern=with_prefkern,
+                    questions=asked,
+                    on_progress=lambda: progress.advance(task),
+                )
 
-                def advance(task: TaskID = task) -> None:
-                    progress.advance(task)
-
-                runs.append(train.train(loaded, split, steps=steps, with_prefkern=with_prefkern, on_batch=advance))
-            task = progress.add_task("the same answer after training", total=1)
-            after = model.answer(loaded, runs[1].model, question)
-            progress.advance(task)
-    theirs, ours = runs
+            theirs = trained("train with TRL's own head", False, [])
+            ours = trained("train with prefkern, and answer", True, questions)
     path = report.save(output, report.plot(theirs, ours))
     report.show(console, theirs, ours, held_out=len(split.held_out))
-    report.show_answers(console, question, before, after, steps)
+    report.show_answers(console, questions, before, ours.answers, steps)
     console.print(f"\nplot: {path}   ({time.monotonic() - began:.0f} s in all)", highlight=False)
 
 

@@ -5,7 +5,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from prefkern._check import require
 from prefkern.demo.data import Split, columns
 from prefkern.demo.measure import HeadClock
-from prefkern.demo.model import Loaded
+from prefkern.demo.model import Loaded, answer
 from prefkern.integrations.trl import patch
 
-BATCH = 4
+BATCH = 3
 BETA, LEARNING_RATE = 0.1, 1e-5
 TIE = 1e-3
 """Margins below this are ties: before training the policy is the reference, and rounding must not decide."""
@@ -45,39 +45,49 @@ class Run(NamedTuple):
     after: Score
     head_peak: int  # bytes
     prefkern_calls: int
-    model: Any
+    answers: list[str]
 
 
-def batches(pairs: int) -> int:
-    return math.ceil(pairs / BATCH)
+def work(split: Split, steps: int, questions: int) -> int:
+    """Units of a run: a batch passes the head once in scoring, before and after; twice in a step, in the policy and in
+    the reference. Every answer is one more."""
+    return 2 * math.ceil(len(split.held_out) / BATCH) + 2 * steps + questions
 
 
-def train(loaded: Loaded, split: Split, *, steps: int, with_prefkern: bool, on_batch: Callable[[], None]) -> Run:
-    """Trains a copy of the model. ``on_batch`` is called whenever a batch has passed the head."""
+def train(
+    loaded: Loaded,
+    split: Split,
+    *,
+    steps: int,
+    with_prefkern: bool,
+    questions: Sequence[str] = (),
+    on_progress: Callable[[], None],
+) -> Run:
+    """Trains a copy of the model, then asks it the questions. ``on_progress`` is called `work` times."""
     install = ("prefkern demo", "pip install 'prefkern[demo]'")
     utils = require("trl.trainer.utils", *install)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prefkern-demo-"))
         served = stack.enter_context(patch()) if with_prefkern else None
-        head = stack.enter_context(HeadClock(utils, on_batch))
+        head = stack.enter_context(HeadClock(utils, on_progress))
         trainer = _trainer(loaded, split, steps, folder)
         clock = _clock(head)
         trainer.add_callback(clock)
-        reference = _margins(trainer, None)  # the policy is still the reference
+        reference = _margins(trainer, None)  # the policy is still the reference: all margins are 0
         trainer.train()
         after = _margins(trainer, reference)
-        calls = 0 if served is None else served.calls
+        answers = []
+        for question in questions:
+            answers.append(answer(loaded, trainer.model, question))
+            on_progress()
         logs = [line for line in trainer.state.log_history if "loss" in line]
         return Run(
-            [
-                Step(line["loss"], line["rewards/margins"], *times)
-                for line, times in zip(logs, clock.times, strict=True)
-            ],
+            [Step(log["loss"], log["rewards/margins"], *times) for log, times in zip(logs, clock.times, strict=True)],
             _score(torch.zeros_like(after)),
             _score(after),
             head.peak_bytes(),
-            calls,
-            trainer.model,
+            0 if served is None else served.calls,
+            answers,
         )
 
 

@@ -65,7 +65,7 @@ COLUMNS = [
 
 
 def about(results: dict[str, Any]) -> str:
-    machine = ", ".join(f"{value}" for value in results["machine"].values() if value)
+    machine = f"{results['machine']['processor']}, {results['machine']['cores']} cores, {results['machine']['device']}"
     versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items() if value)
     return f"{results['date'][:10]}; {machine}; {versions}; medians of {results['rounds']} interleaved rounds."
 

@@ -26,7 +26,7 @@ def test_the_shipped_set_is_worth_training_on() -> None:
 def test_the_split_is_the_same_every_time_and_holds_out() -> None:
     first, second = data.split(PAIRS, 48), data.split(PAIRS, 48)
     assert first == second
-    assert (len(first.train), len(first.held_out)) == (48, 16)
+    assert (len(first.train), len(first.held_out)) == (48, 12)
     assert not set(first.train) & set(first.held_out)
     assert data.split(PAIRS, 20).held_out == first.held_out, "the number of steps must not change what is held out"
     small = data.split(PAIRS[:8], 100)

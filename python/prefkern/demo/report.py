@@ -55,7 +55,7 @@ def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
     peaks = [float(run.head_peak) for run in runs]
     table.add_row("a training step (median)", *(f"{seconds:.2f} s" for seconds in steps))
     less = [f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else "" for values in (heads, peaks)]
-    table.add_row("  of it the head, policy and reference", f"{heads[0]:.2f} s", f"{less[0]}{heads[1]:.2f} s")
+    table.add_row("  of it the head (both models)", f"{heads[0]:.2f} s", f"{less[0]}{heads[1]:.2f} s")
     table.add_row("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{less[1]}{peaks[1] / 1e6:.0f} MB")
     console.print()
     console.print(table)

@@ -80,13 +80,14 @@ def train(
         for question in questions:
             answers.append(answer(loaded, trainer.model, question))
             on_progress()
+        calls = 0 if served is None else served.calls
         logs = [line for line in trainer.state.log_history if "loss" in line]
         return Run(
             [Step(log["loss"], log["rewards/margins"], *times) for log, times in zip(logs, clock.times, strict=True)],
             _score(torch.zeros_like(after)),
             _score(after),
             head.peak_bytes(),
-            0 if served is None else served.calls,
+            calls,
             answers,
         )
 

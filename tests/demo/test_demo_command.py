@@ -92,8 +92,8 @@ def test_a_whole_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in _cells(printed)}
     heads = 2 * 1 + 2 * steps  # three held-out pairs, scored twice; policy and reference in every step
-    assert table["calls of the head served by prefkern"] == ["0", str(heads)]
-    assert float(table["largest difference of the loss curves"][1]) < 1e-4
+    assert table["head calls served by prefkern"] == ["0", str(heads)]
+    assert float(table["loss curves, largest difference"][1]) < 1e-4
     assert all(cell.startswith("0.693 → ") for cell in table["loss on 3 held-out pairs"])
     assert all(cell.startswith("50% → ") for cell in table["accuracy"])
     assert table["accuracy"][0] == table["accuracy"][1]

@@ -47,8 +47,8 @@ def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
     table.add_row("margin, chosen over rejected", *change("margin", ".2f"))
     table.add_row("accuracy", *change("accuracy", ".0%"))
     table.add_section()
-    table.add_row("largest difference of the loss curves", "", f"{largest_difference(theirs, ours):.1e}")
-    table.add_row("calls of the head served by prefkern", *(str(run.prefkern_calls) for run in runs))
+    table.add_row("loss curves, largest difference", "", f"{largest_difference(theirs, ours):.1e}")
+    table.add_row("head calls served by prefkern", *(str(run.prefkern_calls) for run in runs))
     table.add_section()
     steps = [statistics.median(step.seconds for step in run.steps) for run in runs]
     heads = [statistics.median(step.head_seconds for step in run.steps) for run in runs]

@@ -7,7 +7,7 @@ inputs, which both have. Where nothing is left, nothing is held; what remains th
 rows of float32 logits), which for fewer than 2048 tokens and a frozen head or none can be more than TRL's tile.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ TOKENS, COLUMNS = 4096, 32768
 """TRL's tile; it is allocated at its full width even for a smaller vocabulary."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """Shapes, bytes per element and needed gradients of one call."""
+class Head(NamedTuple):
+    """Shapes without the number of tokens N, bytes per element, and needed gradients."""
 
-    N: int
     H: int
     V: int
     hidden_bytes: int
@@ -36,11 +34,10 @@ class Head:
     def of(hidden: Tensor, weight: Tensor) -> "Head":
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        N, H = hidden.shape
+        V, H = weight.shape
         return Head(
-            N,
             H,
-            weight.shape[0],
+            V,
             hidden.dtype.itemsize,
             weight.dtype.itemsize,
             dtype.itemsize,
@@ -53,27 +50,27 @@ class Head:
     def wide_bytes(self) -> int:
         return max(4, self.compute_bytes)
 
-    def trl_peak(self) -> int:
+    def trl_peak(self, N: int) -> int:
         """Of TRL's backward: tile, casts of one block, float32 gradients, and what comes on top of them at the end."""
-        n, v = min(self.N, TOKENS), min(self.V, COLUMNS)
+        n, v = min(N, TOKENS), min(self.V, COLUMNS)
         tile = n * COLUMNS * self.compute_bytes
         casts = 0
         if self.weight_bytes != self.compute_bytes:
             casts += v * self.H * self.compute_bytes
         if self.hidden_bytes != self.compute_bytes:
             casts += n * self.H * self.compute_bytes
-        gradients = 4 * self.H * (self.N * self.grad_hidden + self.V * self.grad_weight)
+        gradients = 4 * self.H * (N * self.grad_hidden + self.V * self.grad_weight)
         rounded = self.H * (
-            self.N * self.hidden_bytes * (self.grad_hidden and self.hidden_bytes != 4)
+            N * self.hidden_bytes * (self.grad_hidden and self.hidden_bytes != 4)
             + self.V * self.weight_bytes * (self.grad_weight and self.weight_bytes != 4)
         )
         # without Triton its backward has seven float32 blocks of torch temporaries at once
         temporaries = 0 if self.accelerator else 7 * 4 * n * v
         return tile + casts + gradients + max(rounded, temporaries)
 
-    def own_peak(self) -> int:
+    def own_peak(self, N: int) -> int:
         """Ours in forward or backward, without the held rows."""
-        N, H, V, wide = self.N, self.H, self.V, self.wide_bytes
+        H, V, wide = self.H, self.V, self.wide_bytes
         narrow = self.compute_bytes < wide
         casts = (
             H
@@ -95,6 +92,14 @@ class Head:
 
 
 def budget(hidden: Tensor, weight: Tensor) -> int:
-    """``max_memory`` for one call: bytes that may stay held so that the peak does not exceed TRL's own."""
+    """``max_memory`` for one call: bytes that may stay held so that the peak does not exceed TRL's own.
+
+    Under compilation it is the bound of a range of lengths, so that a new length is not a new compilation.
+    """
     head = Head.of(hidden, weight)
-    return max(0, head.trl_peak() - head.own_peak())
+    least = most = hidden.shape[0]
+    if torch.compiler.is_compiling():
+        least, most = 0, 64
+        while most < hidden.shape[0]:
+            least, most = most, 4 * most
+    return max(0, head.trl_peak(least) - head.own_peak(most))

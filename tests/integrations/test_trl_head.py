@@ -182,6 +182,15 @@ def test_the_count_of_our_own_buffers_holds() -> None:
     assert head.trl_peak(100) <= peak_bytes(lambda: step(Theirs, case))
 
 
+def test_where_nothing_is_left_nothing_is_held() -> None:
+    """A vocabulary so large that the held rows alone would be more than TRL's peak."""
+    case = inputs(40, 8, 400_000)
+    assert trl_memory.budget(*case[:2]) == 0
+    with count_products() as count:
+        step(ours, case)
+    assert count.products(40, 8, 400_000) == 4.0
+
+
 def test_the_budget_on_an_accelerator() -> None:
     """16-bit, all trainable, 8192 tokens: 6 V H + 6 N H and a tile of 268 MB, less what we need ourselves."""
     N, H, V = 8192, 4096, 128256

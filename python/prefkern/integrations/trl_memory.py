@@ -3,7 +3,7 @@
 TRL keeps nothing from forward to backward and peaks at the end of its backward; with 16-bit operands on an accelerator
 that is ``6 V H`` bytes (a float32 grad_weight and its 16-bit copy) plus a tile of up to 268 MB. Ours writes grad_weight
 in its own dtype and spends the difference on held rows. Both peaks are counted here from their allocations, beyond the
-inputs, which both have. Where nothing is left, nothing is held; what remains then is scratch of at most 128 MiB (or 256
+inputs, which both have. Where nothing is left, nothing is held; what remains then is scratch of at most 128 MiB (or 512
 rows of float32 logits), which for fewer than 2048 tokens and a frozen head or none can be more than TRL's tile.
 """
 

@@ -30,6 +30,8 @@ pub enum Method {
 
 /// What a reward's magnitude must not exceed, so that no square overflows.
 pub const LIMIT: f64 = 1e150;
+/// The number of a group before its first row.
+const UNSEEN: u32 = u32::MAX;
 /// Added to a standard deviation.
 const STD_EPSILON: f64 = 1e-4;
 /// Added to a variance.
@@ -126,7 +128,8 @@ fn moments<T: Real>(rewards: &[T], index: &[u32], count: usize) -> Vec<Group> {
 }
 
 impl Groups<'_> {
-    /// The group of each row as a number from 0 on, and how many groups there are.
+    /// The group of each row, numbered in the order of their first rows, and how many groups there are: what the ids are
+    /// called changes no digit of a result.
     fn index(&self, rows: usize) -> (Vec<u32>, usize) {
         match self {
             Groups::Size(size) => {
@@ -137,20 +140,25 @@ impl Groups<'_> {
                 let (low, high) = ids.iter().fold((i64::MAX, i64::MIN), |(low, high), &id| {
                     (low.min(id), high.max(id))
                 });
-                // Ids that lie close together count from the least of them: a table of all between, no hashing.
-                if low <= high && high.abs_diff(low) < 4 * rows as u64 {
-                    let index = ids.iter().map(|&id| (id - low) as u32).collect();
-                    return (index, (high - low) as usize + 1);
-                }
-                let mut known = HashMap::new();
-                let index = ids
-                    .iter()
-                    .map(|&id| {
-                        let next = known.len() as u32;
-                        *known.entry(id).or_insert(next)
-                    })
-                    .collect();
-                (index, known.len())
+                let mut count = 0;
+                let mut number = |known: &mut u32| {
+                    if *known == UNSEEN {
+                        *known = count;
+                        count += 1;
+                    }
+                    *known
+                };
+                // Ids that lie close together are looked up in a table of all between: no hashing.
+                let index = if low <= high && high.abs_diff(low) < 4 * rows as u64 {
+                    let mut table = vec![UNSEEN; (high - low) as usize + 1];
+                    let entry = |&id: &i64| number(&mut table[(id - low) as usize]);
+                    ids.iter().map(entry).collect()
+                } else {
+                    let mut known = HashMap::new();
+                    let entry = |&id: &i64| number(known.entry(id).or_insert(UNSEEN));
+                    ids.iter().map(entry).collect()
+                };
+                (index, count as usize)
             }
         }
     }
@@ -204,6 +212,13 @@ mod tests {
             run(&Groups::Ids(&IDS), Method::Centered)
         );
         assert_eq!(Groups::Ids(&[]).index(0), (vec![], 0));
+    }
+
+    #[test]
+    fn names_do_not_matter() {
+        for ids in [[3, 1, 3, 2, 2], [-9, 9, -9, 0, 0], [0, i64::MAX, 0, 5, 5]] {
+            assert_eq!(Groups::Ids(&ids).index(5), (vec![0, 1, 0, 2, 2], 3));
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ def test_version_is_the_packages() -> None:
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for name in ("demo", "bench", "doctor"):
+    for name in ("demo", "bench", "plan", "doctor"):
         assert f"\n  {name}" in done.stdout
 
 
@@ -90,3 +90,21 @@ def test_a_commands_module_is_imported_only_when_it_is_chosen() -> None:
     assert "prefkern.cli" in loaded
     commands = {module for module, _ in cli.COMMANDS.values()}
     assert not loaded & (commands | {"triton", "trl", "transformers", "prefkern._core"})
+
+
+def test_plan_prints_every_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--tokens", "8192", "--hidden", "4096", "--vocab", "128256", "--dtype", "bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "N = 8192, H = 4096, V = 128256, bf16"
+    found = {line[:40].strip(): line[40:].split() for line in lines[3:]}
+    assert found["scoring, no gradient"][:2] == ["score", "1"]
+    assert found["frozen head"][:4] == ["frozen(8192)", "2", "67.1", "MB"]  # 2 N H
+    assert found["trainable head"][:4] == ["hold(8192)", "3", "2.1", "GB"]  # 2 N V
+    assert found["trainable head, max_memory=0"][:2] == ["hold(0)", "4"]
+
+
+def test_plan_refuses_what_is_no_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "--tokens", "0", "--hidden", "8", "--vocab", "100"])
+    assert stopped.value.code == 2
+    assert "argument --tokens: must be at least 1, got 0" in capsys.readouterr().err

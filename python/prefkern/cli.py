@@ -11,6 +11,7 @@ from prefkern._check import MissingDependency
 COMMANDS = {
     "demo": ("prefkern.demo", "fine-tune a small language model with TRL's DPOTrainer, with and without prefkern"),
     "bench": ("prefkern.benchmark", "time naive eager, TRL, Liger and prefkern side by side on the same tensors"),
+    "plan": ("prefkern.plan_command", "products, memory and time of the head for given shapes, as a table"),
     "doctor": ("prefkern.doctor", "what is installed, which implementation runs for each operator, and why"),
 }
 USAGE, INTERRUPTED = 2, 130

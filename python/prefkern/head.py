@@ -1,294 +1,136 @@
-"""The head: hidden states and the output matrix to token log-probabilities and back, in blocks.
+"""The head, forward: hidden states and the output matrix to token log-probabilities, in blocks of rows.
 
 The one place where the vocabulary appears. ``u = p - 1[y]``, the gradient of ``-log p_y``, does not depend on the loss:
-the forward writes it once, in the operands' dtype, into ``held [K, V]``. The loss then contributes one scalar per row,
-``r = -(logit_scale / T) dL/d log p_y``, which never touches the [N, V] tile again:
+the forward writes it once, in the operands' dtype. What is kept of it depends on the plan (`prefkern.plan`):
 
-    grad_hidden = r * (u W)           grad_weight = u^T (r * hidden)          grad_bias = u^T r
+    hold     u itself [K, V]: the loss then contributes one scalar per row, and the [N, V] tile is not touched again
+    frozen   u W [F, H]: where only the hidden states need a gradient, it is that scalar times this row
 
-Rows beyond K are recomputed in the backward, slice by slice of the vocabulary, so that every slice of grad_weight is
-written once. A gradient of the entropy needs its own pass: then the slices hold ``c u + e p (log p + entropy)``.
-
-Logits are never rounded to 16 bits: products of 16-bit operands are accumulated and kept in float32.
+`prefkern.head_bwd` has the other half. Logits are never rounded to 16 bits: products of 16-bit operands are accumulated
+and kept in float32.
 """
 
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefkern import plan
+from prefkern import plan, several
 from prefkern.products import Weight, mm
-from prefkern.types import RowStats, Temperature
+from prefkern.tiles import Logits, Tiles, stats_rows
+from prefkern.types import RowStats
 
 
-class Tiles(Protocol):
-    """The tile functions: `prefkern.reference` or `prefkern.kernels.fold`."""
+class Kept(NamedTuple):
+    """What the forward leaves for the backward; a part that is not used has no rows."""
 
-    IN_PLACE: bool
-
-    def tile_fwd(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        stats: RowStats,
-        held: Tensor | None,
-        *,
-        logit_scale: float,
-        softcap: float | None,
-        temperature: Temperature,
-        ignore_index: int,
-    ) -> None: ...
-
-    def tile_bwd(
-        self,
-        tile: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        stats: RowStats,
-        c: Tensor | None,
-        e: Tensor | None,
-        out: Tensor,
-        *,
-        v_start: int,
-        logit_scale: float,
-        softcap: float | None,
-        temperature: Temperature,
-        ignore_index: int,
-    ) -> None: ...
-
-    def held_bwd(
-        self,
-        held: Tensor,
-        targets: Tensor,
-        logps: Tensor,
-        entropy: Tensor,
-        c: Tensor,
-        e: Tensor,
-        out: Tensor,
-        *,
-        ignore_index: int,
-    ) -> None: ...
+    held: Tensor  # [K, V], rows padded as in `plan.row_elements`: u in the compute dtype
+    logps: Tensor  # [F, H]: u W
+    entropy: Tensor  # [F, H]: the same for the entropy, p (log p + entropy) (1 - t)(1 + t) W
 
 
-class Logits(NamedTuple):
-    """How logits are made of the raw product: ``softcap(logit_scale (h W^T + bias)) / temperature``."""
+class Adapter(NamedTuple):
+    """A low-rank addition to the weight, which is never merged: ``W + scale B A``."""
 
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    temperature: Temperature
-    ignore_index: int
+    a: Tensor  # [r, H]
+    b: Tensor  # [V, r]
+    scale: float
+
+
+class LowRank:
+    """The adapter's share of the logits, in float32: ``x B^T`` with ``x = scale h A^T``."""
+
+    def __init__(self, adapter: Adapter, hidden: Tensor, wide: torch.dtype) -> None:
+        self.x = torch.empty(hidden.shape[0], adapter.a.shape[0], dtype=wide, device=hidden.device)
+        Weight(adapter.a, hidden.dtype).logits(hidden, slice(0, adapter.a.shape[0]), self.x)
+        self.x.mul_(adapter.scale)
+        self._b = adapter.b.to(hidden.dtype).to(wide)
+
+    def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
+        mm(self.x[rows], self._b[columns].T, tile, accumulate=True)
+
+
+def empty_tile(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[rows, V]`` whose rows begin where wide loads and products want them."""
+    return torch.empty(rows, plan.row_elements(V, dtype.itemsize, device.type != "cpu"), dtype=dtype, device=device)[
+        :, :V
+    ]
 
 
 def forward(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
-    targets: Tensor,  # [N]
+    adapter: Adapter | None,
+    targets: Tensor,  # [N] or [N, Kt]
     stats: RowStats,
-    held: Tensor,  # [K, V] in the compute dtype, K <= N
+    kept: Kept,
     logits: Logits,
     tiles: Tiles,
 ) -> None:
-    """Fills ``stats`` and ``held``: one product."""
+    """Fills ``stats`` and ``kept``: one product, and one more for each part of a frozen head's gradient."""
     N, V = hidden.shape[0], weight.shape[0]
-    K = held.shape[0]
-    operand = hidden.to(held.dtype)
-    w = Weight(weight, held.dtype)
-    direct = tiles.IN_PLACE and held.dtype == w.wide
-    rows = max(plan.chunk_rows(V, w.wide.itemsize), 1)
+    K, F = kept.held.shape[0], kept.logps.shape[0]
+    dtype, every = kept.held.dtype, slice(0, V)
+    operand = hidden.to(dtype)
+    held = kept.held[:, :V]
+    rows = plan.chunk_rows(V, max(dtype.itemsize, 4), hidden.is_cuda)
+    w = Weight(weight, dtype, keep=rows < N)
+    low = None if adapter is None else LowRank(adapter, operand, w.wide)
+    direct = tiles.IN_PLACE and dtype == w.wide
     scratch: Tensor | None = None
+    unscaled: Tensor | None = None  # a frozen head's u, where it cannot stand in the tile
     if direct and K:
-        w.logits(operand[:K], slice(0, V), held)
-    # held rows first; a chunk is either wholly held or not at all
-    bounds = [*range(0, K, rows), *range(K, N, rows), N]
+        w.logits(operand[:K], every, held)
+        if low is not None:
+            low.add(slice(0, K), every, held)
+    # kept rows first; a chunk is either wholly kept or not at all
+    bounds = [*range(0, K + F, rows), *range(K + F, N, rows), N]
     for start, stop in pairwise(bounds):
-        kept = held[start:stop] if start < K else None
-        if direct and kept is not None:
-            tile = kept
+        at = slice(start, stop)
+        into = held[at] if start < K else None
+        if direct and into is not None:
+            tile = into
         else:
             if scratch is None:
-                scratch = torch.empty(min(rows, N), V, dtype=w.wide, device=hidden.device)
+                scratch = empty_tile(min(rows, N), V, w.wide, hidden.device)
             tile = scratch[: stop - start]
-            w.logits(operand[start:stop], slice(0, V), tile)
-        tiles.tile_fwd(
-            tile,
-            logits.bias,
-            targets[start:stop],
-            RowStats._make(None if value is None else value[start:stop] for value in stats),
-            kept,
-            logit_scale=logits.logit_scale,
-            softcap=logits.softcap,
-            temperature=_rows(logits.temperature, slice(start, stop)),
-            ignore_index=logits.ignore_index,
-        )
-
-
-class Gradients(NamedTuple):
-    """Gradients of the head's inputs; None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class _RowScales(NamedTuple):
-    """How the loss enters the backward. With the tile ``c u + e p (log p + entropy)`` (``u`` alone where c is None):
-    grad_hidden = post row (tile W), grad_weight = post tile^T (row hidden), grad_bias = post tile^T row."""
-
-    c: Tensor | None
-    e: Tensor | None
-    row: Tensor
-    post: Tensor | None
-
-    @staticmethod
-    def of(
-        g_logps: Tensor | None,
-        g_entropy: Tensor | None,
-        logits: Logits,
-        scored: Tensor,
-        dtype: torch.dtype,
-        wide: torch.dtype,
-    ) -> "_RowScales":
-        zero = torch.zeros(scored.shape, dtype=wide, device=scored.device)
-        c = zero if g_logps is None else torch.where(scored, g_logps.to(wide), zero)
-        e = None if g_entropy is None else torch.where(scored, g_entropy.to(wide), zero)
-        temperature = logits.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(wide)
-        row = torch.where(scored, -logits.logit_scale / temperature, zero)
-        post = None
-        if dtype == torch.float16:
-            # a loss divided by many tokens underflows in float16: normalised by a power of two, undone in float32
-            largest = c.abs().amax() if e is None else torch.maximum(c.abs().amax(), e.abs().amax())
-            post = torch.exp2(largest.clamp(min=torch.finfo(wide).tiny).log2().ceil())
-            c = c / post
-            e = None if e is None else e / post
-        return _RowScales(None, None, row * c, post) if e is None else _RowScales(c, e, row, post)
-
-
-def backward(
-    held: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    stats: RowStats,
-    logits: Logits,
-    tiles: Tiles,
-    g_logps: Tensor | None,
-    g_entropy: Tensor | None,
-    *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> Gradients:
-    """Gradients from the held rows and, beyond them, from recomputed ones: two products and (N - K)/N more."""
-    N, H = hidden.shape
-    V = weight.shape[0]
-    w = Weight(weight, held.dtype)
-    grads = Gradients(
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        torch.empty_like(logits.bias) if need_bias and logits.bias is not None else None,
-    )
-    if N == 0 or (g_logps is None and g_entropy is None):
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return grads
-
-    scales = _RowScales.of(g_logps, g_entropy, logits, targets != logits.ignore_index, held.dtype, w.wide)
-    K = held.shape[0]
-    if scales.e is not None and logits.softcap is not None:
-        K = 0  # the softcap's factor is already in u: p cannot be read back from it
-    operand = hidden.to(held.dtype)
-    scaled = (hidden.to(w.wide) * scales.row.unsqueeze(-1)).to(held.dtype) if need_weight else None
-    wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device) if need_hidden else None
-
-    if K == N and scales.e is None:
-        if wide_hidden is not None:
-            mm(held, w.weight, wide_hidden)
-        _write_vocabulary(held, scaled, scales, grads.weight, grads.bias)
-    else:
-        direct = tiles.IN_PLACE and held.dtype == w.wide
-        step = plan.slice_columns(N, V, held.dtype.itemsize + (0 if direct else w.wide.itemsize))
-        buffer = torch.empty(N * step, dtype=held.dtype, device=hidden.device)
-        scratch = buffer if direct else torch.empty((N - K) * step, dtype=w.wide, device=hidden.device)
-        for start in range(0, V, step):
-            columns = slice(start, min(start + step, V))
-            width = columns.stop - start
-            tile = buffer[: N * width].view(N, width)
-            if scales.e is None:
-                tile[:K] = held[:K, columns]
-            elif K:
-                assert stats.entropy is not None
-                assert scales.c is not None
-                tiles.held_bwd(
-                    held[:K, columns],
-                    targets[:K] - start,
-                    stats.logps[:K],
-                    stats.entropy[:K],
-                    scales.c[:K],
-                    scales.e[:K],
-                    tile[:K],
-                    ignore_index=logits.ignore_index - start,
-                )
-            if K < N:
-                raw = tile[K:] if direct else scratch[: (N - K) * width].view(N - K, width)
-                w.logits(operand[K:], columns, raw)
-                rest = slice(K, N)
+            w.logits(operand[at], every, tile)
+            if low is not None:
+                low.add(at, every, tile)
+        if start < F:
+            if unscaled is None and not direct:
+                unscaled = empty_tile(min(rows, F), V, dtype, hidden.device)
+            into = tile if unscaled is None else unscaled[: stop - start]
+        own = logits.rows(at)
+        if targets.ndim == 2:
+            several.chunk_fwd(tile, targets[at], stats_rows(stats, at), own, tiles)
+            continue
+        # the tile functions of a CPU overwrite the raw product, which the entropy's gradient starts from again
+        raw = tile.clone() if start < F and kept.entropy.shape[0] and tiles.IN_PLACE else tile
+        tiles.tile_fwd(tile, own.bias, targets[at], stats_rows(stats, at), into, **own.options)
+        if start < F and into is not None:
+            _gradient_rows(w, into, kept.logps[at])
+            if kept.entropy.shape[0]:
+                ones = torch.ones(stop - start, dtype=w.wide, device=hidden.device)
+                out = raw if direct else into
                 tiles.tile_bwd(
                     raw,
-                    None if logits.bias is None else logits.bias[columns],
-                    targets[rest],
-                    RowStats._make(None if value is None else value[rest] for value in stats),
-                    None if scales.c is None else scales.c[rest],
-                    None if scales.e is None else scales.e[rest],
-                    tile[K:],
-                    v_start=start,
-                    logit_scale=logits.logit_scale,
-                    softcap=logits.softcap,
-                    temperature=_rows(logits.temperature, rest),
-                    ignore_index=logits.ignore_index,
+                    own.bias,
+                    targets[at],
+                    stats_rows(stats, at),
+                    torch.zeros_like(ones),
+                    ones,
+                    out,
+                    v_start=0,
+                    **own.options,
                 )
-            if wide_hidden is not None:
-                mm(tile, w.weight[columns], wide_hidden, accumulate=start > 0)
-            _write_vocabulary(
-                tile,
-                scaled,
-                scales,
-                None if grads.weight is None else grads.weight[columns],
-                None if grads.bias is None else grads.bias[columns],
-            )
-    if wide_hidden is not None and grads.hidden is not None:
-        factor = scales.row if scales.post is None else scales.row * scales.post
-        grads.hidden.copy_(wide_hidden.mul_(factor.unsqueeze(-1)))
-    return grads
+                _gradient_rows(w, out, kept.entropy[at])
 
 
-def _write_vocabulary(
-    tile: Tensor, scaled: Tensor | None, scales: _RowScales, grad_weight: Tensor | None, grad_bias: Tensor | None
-) -> None:
-    """Writes the columns' grad_weight and grad_bias from their tile: ``post tile^T (row hidden)``."""
-    wide = scales.row.dtype
-    if grad_weight is not None and scaled is not None:
-        if scales.post is None and grad_weight.dtype in (tile.dtype, wide):
-            mm(tile.T, scaled, grad_weight)
-        else:
-            step = plan.slice_columns(scaled.shape[1], tile.shape[1], wide.itemsize)
-            for start in range(0, tile.shape[1], step):
-                part = grad_weight[start : start + step]
-                product = torch.empty(part.shape, dtype=wide, device=part.device)
-                mm(tile[:, start : start + step].T, scaled, product)
-                part.copy_(product if scales.post is None else product.mul_(scales.post))
-    if grad_bias is not None:
-        step = plan.slice_columns(tile.shape[0], tile.shape[1], wide.itemsize)
-        for start in range(0, tile.shape[1], step):
-            product = torch.mv(tile[:, start : start + step].T.to(wide), scales.row)
-            grad_bias[start : start + step] = product if scales.post is None else product.mul_(scales.post)
-
-
-def _rows(temperature: Temperature, rows: slice) -> Temperature:
-    return temperature[rows] if isinstance(temperature, Tensor) else temperature
+def _gradient_rows(w: Weight, tile: Tensor, out: Tensor) -> None:
+    """``out = tile W``, rounded once."""
+    wide = torch.empty(out.shape, dtype=w.wide, device=out.device) if w.casts and out.dtype != w.wide else out
+    w.hidden(tile, slice(0, tile.shape[1]), wide)
+    if wide is not out:
+        out.copy_(wide)

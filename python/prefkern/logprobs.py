@@ -5,14 +5,13 @@ here; the work is in the operators.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern import _check, plan
-from prefkern.ops import OPTIONAL
-from prefkern.types import Output, Temperature, TokenStats
+from prefkern import _check, live, plan
+from prefkern._rows import Rows
+from prefkern.types import LoRA, Output, Temperature, TokenStats
 
 
 def token_logprobs(
@@ -51,7 +50,7 @@ def token_logprobs(
     _check.floating(where, logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         _check.fail(where, f"logits must be [..., V] with V >= 1, got {_check.describe(logits)}")
-    rows = _Rows(where, logits, targets, temperature, softcap, ignore_index, outputs, entropy_grad, logits.shape[-1])
+    rows = Rows(where, logits, targets, temperature, softcap, ignore_index, outputs, entropy_grad, logits.shape[-1])
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
@@ -71,7 +70,8 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     outputs: Sequence[Output] = ("logps",),
     entropy_grad: bool = False,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -96,10 +96,17 @@ def linear_token_logprobs(
             their number is known.
         outputs, entropy_grad: as in `token_logprobs`.
         compute_dtype: dtype of the operands; default: the autocast dtype where autocast is on, else that of ``hidden``.
-        max_memory: bytes that may stay held from forward to backward. 0 recomputes all logits (4 products); None is
-            the plan's default: ``4 V H`` bytes, at least 1 GiB.
+        max_memory: bytes that may stay held from forward to backward, those of earlier calls whose backward has not run
+            among them. 0 recomputes all logits (4 products); None is the plan's default: ``4 V H`` bytes, at least
+            1 GiB (`prefkern.plan`).
         num_scored: how many targets are scored, where the caller knows: spares an accelerator the wait for the count.
-        lora, group: reserved; must be None.
+        vocab_mask: ``[V]`` bool, the tokens that may be sampled: the others count as logits of -inf.
+        lora: ``(A [r, H], B [V, r], scale)``, an adapter of the weight: logits of ``W + scale B A``, which is never
+            formed. Gradients reach A and B.
+        group: reserved; must be None.
+
+    Several targets per row (``targets [..., Kt]``): ``logps [..., Kt]`` under one softmax, the other statistics one per
+    row; entries of ``ignore_index`` are 0. Their gradient recomputes the logits: 4 products, 3 frozen.
 
     Raises:
         ValueError, TypeError: as `token_logprobs`.
@@ -108,10 +115,9 @@ def linear_token_logprobs(
     for name, required in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         _check.tensor(where, name, required)
     _check.floating(where, hidden=hidden, weight=weight, bias=bias)
-    _check.same_device(where, hidden=hidden, weight=weight, bias=bias, targets=targets)
-    for name, value in (("lora", lora), ("group", group)):
-        if value is not None:
-            _check.fail(where, f"{name} is not supported by this version: merge the adapter or gather the weight first")
+    _check.same_device(where, hidden=hidden, weight=weight, bias=bias, targets=targets, vocab_mask=vocab_mask)
+    if group is not None:
+        _check.fail(where, "group is not supported by this version: gather the weight first")
     if type(weight).__name__ == "DTensor" or type(hidden).__name__ == "DTensor":
         _check.fail_type(
             where,
@@ -133,15 +139,64 @@ def linear_token_logprobs(
             _check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
     dtype = _compute_dtype(where, compute_dtype, hidden)
 
-    rows = _Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, entropy_grad, V)
+    a, b, lora_scale = (None, None, 1.0) if lora is None else _adapter(where, lora, hidden, V)
+    if vocab_mask is not None:
+        bias = _allowed_only(where, vocab_mask, bias, weight)
+
+    rows = Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, entropy_grad, V)
     flat = rows.compact(hidden.reshape(-1, H), num_scored)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    k_max = plan.max_held_rows(H, V, dtype.itemsize, max_memory) if needs_grad else 0
+    wants = [
+        torch.is_grad_enabled() and value is not None and value.requires_grad for value in (hidden, weight, bias, a, b)
+    ]
+    limits = plan.Limits(0, 0)
+    if any(wants) and not rows.several:
+        frozen = not any(wants[1:]) and a is None
+        left = live.left(plan.budget(H, V, max_memory), hidden.device)
+        size = 4 if frozen and dtype == torch.float16 else dtype.itemsize  # as `ops` allocates it
+        limits = plan.limits(H, V, size, left, frozen=frozen, entropy_grad=entropy_grad)
     # the operators compute in `compute_dtype`; autocast must not touch their inputs a second time
     results = torch.ops.prefkern.linear_logprobs_fwd(
-        flat, weight, bias, *rows.arguments, float(logit_scale), list(rows.outputs), dtype, k_max
+        flat,
+        weight,
+        bias,
+        a,
+        b,
+        *rows.arguments,
+        float(logit_scale),
+        lora_scale,
+        list(rows.outputs),
+        dtype,
+        *limits,
+        entropy_grad,
     )
+    if any(wants):
+        live.watch(results[-3:])
     return rows.stats(results)
+
+
+def _adapter(where: str, lora: object, hidden: Tensor, V: int) -> tuple[Tensor, Tensor, float]:
+    if not isinstance(lora, tuple | list) or len(lora) != 3:
+        _check.fail_type(where, f"lora must be (A [r, H], B [V, r], scale), got {_check.describe(lora)}")
+    a, b, scale = lora
+    for name, value in (("lora A", a), ("lora B", b)):
+        _check.tensor(where, name, value)
+    _check.floating(where, **{"lora A": a, "lora B": b})
+    _check.same_device(where, hidden=hidden, **{"lora A": a, "lora B": b})
+    H = hidden.shape[-1]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != H or b.shape[0] != V or a.shape[0] != b.shape[1] or not a.shape[0]:
+        _check.fail(
+            where,
+            f"lora must be A [r, H = {H}] and B [V = {V}, r] with one r >= 1, got {_check.describe(a)} and "
+            f"{_check.describe(b)}",
+        )
+    return a, b, _check.number(where, "lora's scale", scale)
+
+
+def _allowed_only(where: str, vocab_mask: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    """The bias, and -inf at the tokens that are not allowed."""
+    allowed = _check.mask(where, "vocab_mask", vocab_mask, weight.shape[:1])
+    assert allowed is not None
+    return torch.where(allowed, weight.new_zeros(()) if bias is None else bias, -torch.inf)
 
 
 def _compute_dtype(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
@@ -151,130 +206,3 @@ def _compute_dtype(where: str, given: torch.dtype | None, hidden: Tensor) -> tor
     if given not in _check.FLOATS:
         _check.fail_type(where, f"compute_dtype must be float16, bfloat16, float32 or float64, got {given!r}")
     return given
-
-
-class _Rows:
-    """Targets and temperature as flat rows, what is to be computed for each, and the way back to their shape."""
-
-    def __init__(
-        self,
-        where: str,
-        source: Tensor,
-        targets: Tensor,
-        temperature: Temperature,
-        softcap: float | None,
-        ignore_index: int,
-        outputs: Sequence[Output],
-        entropy_grad: bool,
-        V: int,
-    ) -> None:
-        _check.no_functorch(where)
-        _check.integer(where, targets=targets)
-        _check.same_device(where, **{"logits" if where == "token_logprobs" else "hidden": source}, targets=targets)
-        if targets.shape != source.shape[:-1]:
-            kind = (
-                "several targets per row are not supported by this version"
-                if (targets.shape[:-1] == source.shape[:-1] and targets.ndim == source.ndim)
-                else "one per row"
-            )
-            _check.fail(
-                where, f"targets must have shape {tuple(source.shape[:-1])} ({kind}), got {_check.describe(targets)}"
-            )
-        if softcap is not None:
-            _check.number(where, "softcap", softcap, low=0.0, open_low=True)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            _check.fail_type(where, f"ignore_index must be an int, got {ignore_index!r}")
-        for name in outputs:
-            _check.one_of(where, "every entry of outputs", name, ("logps", *OPTIONAL))
-        if entropy_grad and "entropy" not in outputs:
-            _check.fail(where, f"entropy_grad=True needs 'entropy' in outputs, got outputs={tuple(outputs)!r}")
-        self._where = where
-        self._shape = targets.shape
-        self._index: Tensor | None = None
-        self._poison: Tensor | None = None
-        self._entropy_grad = entropy_grad
-        self.outputs = tuple(name for name in OPTIONAL if name in outputs)
-        self._targets = targets.reshape(-1).to(torch.int64).contiguous()
-        self._temperature = self._check_temperature(temperature)
-        self._softcap = None if softcap is None else float(softcap)
-        self._ignore_index = ignore_index
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = ((self._targets < 0) | (self._targets >= V)) & (self._targets != ignore_index)
-            if outside.any():
-                row = int(outside.nonzero()[0])
-                _check.fail(
-                    where,
-                    f"targets must lie in [0, {V}) or be ignore_index={ignore_index}, "
-                    f"got {int(self._targets[row])} at row {row}",
-                )
-
-    def _check_temperature(self, temperature: Temperature) -> Temperature:
-        if not isinstance(temperature, Tensor):
-            return _check.number(self._where, "temperature", temperature, low=0.0, open_low=True)
-        _check.floating(self._where, temperature=temperature)
-        if temperature.shape != self._shape or temperature.device != self._targets.device:
-            _check.fail(
-                self._where,
-                f"temperature must be a number or a tensor shaped like targets "
-                f"{tuple(self._shape)}, got {_check.describe(temperature)}",
-            )
-        if temperature.requires_grad:
-            _check.fail(self._where, "temperature gets no gradient: pass temperature.detach(), or divide the logits")
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
-            _check.fail(self._where, "temperature must be positive in every row")
-        wide = torch.float64 if temperature.dtype == torch.float64 else torch.float32
-        return temperature.reshape(-1).to(wide).contiguous()
-
-    def compact(self, rows: Tensor, num_scored: int | None) -> Tensor:
-        """Only the scored rows: without a wait where their number is known, after one ``nonzero`` in eager mode;
-        under compilation or graph capture all rows are kept, since shapes must not depend on values."""
-        N = self._targets.shape[0]
-        on_cpu = rows.device.type == "cpu"
-        if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return rows
-        if num_scored == N and not on_cpu:
-            return rows
-        scored = self._targets != self._ignore_index
-        if on_cpu or num_scored is None:
-            index = scored.nonzero().squeeze(-1)
-            if num_scored is not None and index.shape[0] != num_scored:
-                _check.fail(
-                    self._where, f"num_scored must be the number of scored targets, {index.shape[0]}, got {num_scored}"
-                )
-        else:
-            index = torch.nonzero_static(scored, size=num_scored, fill_value=0).squeeze(-1)
-            # a wrong count must not give a plausible number, and checking it must not wait for the device
-            self._poison = torch.where(scored.sum() == num_scored, 0.0, torch.nan)
-        if index.shape[0] == N:
-            return rows
-        self._index = index
-        self._targets = self._targets[index]
-        if isinstance(self._temperature, Tensor):
-            self._temperature = self._temperature[index]
-        return rows.index_select(0, index)
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """targets, row_temperature, temperature, softcap, ignore_index: as every operator takes them."""
-        per_row = isinstance(self._temperature, Tensor)
-        return (
-            self._targets,
-            self._temperature if per_row else None,
-            1.0 if per_row else self._temperature,
-            self._softcap,
-            self._ignore_index,
-        )
-
-    def stats(self, results: Sequence[Tensor]) -> TokenStats:
-        """Back to the shape of the targets; 0 where not scored."""
-        logps = results[0] if self._poison is None else results[0] + self._poison
-        named = dict(zip(OPTIONAL, results[3:7], strict=True))
-        if not self._entropy_grad:
-            named["entropy"] = named["entropy"].detach()
-        return TokenStats(self._full(logps), *(self._full(named[n]) if n in self.outputs else None for n in OPTIONAL))
-
-    def _full(self, value: Tensor) -> Tensor:
-        if self._index is not None:
-            N = self._shape.numel()
-            value = value.new_zeros(N).index_copy(0, self._index, value)
-        return value.view(self._shape)

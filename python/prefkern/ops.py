@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from prefkern import head, reference
+from prefkern import head, head_bwd, plan, reference
 from prefkern._check import require
+from prefkern.products import wide_dtype
+from prefkern.tiles import Logits
 from prefkern.types import RowStats, Temperature
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -22,15 +24,17 @@ _STATS = "Tensor logps, Tensor row_max, Tensor log_sum, Tensor entropy"
 
 _library = torch.library.Library("prefkern", "DEF")  # type: ignore[no-untyped-call]
 _define: Callable[[str], object] = _library.define
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor targets"
+_KEPT = "Tensor held, Tensor kept_logps, Tensor kept_entropy"
+_HEAD_LOGITS = f"{_LOGITS}, float logit_scale, float lora_scale"
 _define(
-    f"linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_LOGITS}, float logit_scale, "
-    f"str[] outputs, ScalarType compute_dtype, int k_max) -> ({_STATS}, Tensor log_sum_sq_probs, Tensor mean_logit, "
-    "Tensor is_top1, Tensor held)"
+    f"linear_logprobs_fwd({_HEAD}, {_HEAD_LOGITS}, str[] outputs, ScalarType compute_dtype, int held_rows, "
+    f"int frozen_rows, bool entropy_grad) -> ({_STATS}, Tensor log_sum_sq_probs, Tensor mean_logit, Tensor is_top1, "
+    f"{_KEPT})"
 )
 _define(
-    f"linear_logprobs_bwd(Tensor held, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {_STATS}, "
-    f"Tensor? g_logps, Tensor? g_entropy, {_LOGITS}, float logit_scale, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    f"linear_logprobs_bwd({_HEAD}, {_KEPT}, {_STATS}, Tensor? g_logps, Tensor? g_entropy, {_HEAD_LOGITS}, "
+    "bool[] needed) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_a, Tensor grad_b)"
 )
 _define(
     f"logprobs_fwd(Tensor logits, Tensor targets, {_LOGITS}, str[] outputs) -> ({_STATS}, Tensor log_sum_sq_probs, "
@@ -48,19 +52,15 @@ def _kernels(like: Tensor, name: str) -> Any:
     return reference
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _empty_stats(like: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _empty_stats(rows: Tensor, targets: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """logps, row_max, log_sum and the optional statistics of every row; those not asked for have no elements."""
-    N = like.shape[0]
-    rows = [like.new_empty(N, dtype=dtype) for _ in range(3)]
+    N, wide = rows.shape[0], wide_dtype(dtype)
+    always = [rows.new_empty(shape, dtype=wide) for shape in (targets.shape, (N,), (N,))]
     optional = [
-        like.new_empty(N if name in outputs else 0, dtype=torch.bool if name == "is_top1" else dtype)
+        rows.new_empty(N if name in outputs else 0, dtype=torch.bool if name == "is_top1" else wide)
         for name in OPTIONAL
     ]
-    return *rows, *optional
+    return *always, *optional
 
 
 def _row_stats(tensors: tuple[Tensor, ...], outputs: list[str]) -> RowStats:
@@ -79,42 +79,89 @@ def _linear_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
     logit_scale: float,
+    lora_scale: float,
     outputs: list[str],
     compute_dtype: torch.dtype,
-    k_max: int,
+    held_rows: int,
+    frozen_rows: int,
+    entropy_grad: bool,
 ) -> tuple[Tensor, ...]:
-    tensors = _empty_stats(hidden, outputs, _wide(compute_dtype))
-    held = hidden.new_empty(min(hidden.shape[0], k_max), weight.shape[0], dtype=compute_dtype)
-    logits = head.Logits(
-        None if bias is None else bias.to(_wide(compute_dtype)),
-        logit_scale,
-        softcap,
-        _temperature(row_temperature, temperature),
-        ignore_index,
+    N = hidden.shape[0]
+    tensors = _empty_stats(hidden, targets, outputs, compute_dtype)
+    kept = _empty_kept(hidden, weight, compute_dtype, min(N, held_rows), min(N, frozen_rows), entropy_grad)
+    if kept.held.shape[1] > weight.shape[0]:
+        kept.held[:, weight.shape[0] :] = 0.0  # no element of an output is left unwritten
+    head.forward(
+        hidden,
+        weight,
+        _adapter(lora_a, lora_b, lora_scale),
+        targets,
+        _row_stats(tensors, outputs),
+        kept,
+        _logits(bias, compute_dtype, logit_scale, softcap, row_temperature, temperature, ignore_index),
+        _kernels(kept.held, "fold"),
     )
-    tiles = _kernels(held, "fold")
-    head.forward(hidden, weight, targets, _row_stats(tensors, outputs), held, logits, tiles)
-    return *tensors, held
+    return *tensors, *kept
 
 
-def _linear_fwd_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, outputs, compute_dtype, k_max = others
-    held = hidden.new_empty(torch.sym_min(hidden.shape[0], k_max), weight.shape[0], dtype=compute_dtype)
-    return *_empty_stats(hidden, outputs, _wide(compute_dtype)), held
+def _linear_fwd_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, targets: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, outputs, compute_dtype, held_rows, frozen_rows, entropy_grad = rest
+    N = hidden.shape[0]
+    rows = torch.sym_min(N, held_rows), torch.sym_min(N, frozen_rows)
+    kept = _empty_kept(hidden, weight, compute_dtype, *rows, entropy_grad)
+    return *_empty_stats(hidden, targets, outputs, compute_dtype), *kept
+
+
+def _empty_kept(
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, held_rows: int, frozen_rows: int, entropy_grad: bool
+) -> head.Kept:
+    V, H = weight.shape
+    width = plan.row_elements(V, dtype.itemsize, hidden.device.type != "cpu")
+    frozen = torch.float32 if dtype == torch.float16 else dtype  # in which a small gradient would lose its digits
+    return head.Kept(
+        hidden.new_empty(held_rows, width, dtype=dtype),
+        hidden.new_empty(frozen_rows, H, dtype=frozen),
+        hidden.new_empty(frozen_rows if entropy_grad else 0, H, dtype=frozen),
+    )
+
+
+def _adapter(a: Tensor | None, b: Tensor | None, scale: float) -> head.Adapter | None:
+    return None if a is None or b is None else head.Adapter(a, b, scale)
+
+
+def _logits(
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    logit_scale: float,
+    softcap: float | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+) -> Logits:
+    wide_bias = None if bias is None else bias.to(wide_dtype(dtype))
+    return Logits(wide_bias, logit_scale, softcap, _temperature(row_temperature, temperature), ignore_index)
 
 
 def _linear_bwd(
-    held: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
+    held: Tensor,
+    kept_logps: Tensor,
+    kept_entropy: Tensor,
     logps: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
@@ -126,59 +173,50 @@ def _linear_bwd(
     softcap: float | None,
     ignore_index: int,
     logit_scale: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide_bias = None if bias is None else bias.to(logps.dtype)
-    logits = head.Logits(wide_bias, logit_scale, softcap, _temperature(row_temperature, temperature), ignore_index)
-    stats = RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None)
-    grads = head.backward(
-        held,
+    lora_scale: float,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    grads = head_bwd.backward(
+        head.Kept(held, kept_logps, kept_entropy),
         hidden,
         weight,
+        _adapter(lora_a, lora_b, lora_scale),
         targets,
-        stats,
-        logits,
+        RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None),
+        _logits(bias, held.dtype, logit_scale, softcap, row_temperature, temperature, ignore_index),
         _kernels(held, "fold"),
         g_logps,
         g_entropy,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
+        head_bwd.Need(*needed),
     )
-    grad_bias = None if grads.bias is None or bias is None else grads.bias.to(bias.dtype)
-    return _or_empty(grads.hidden, hidden), _or_empty(grads.weight, hidden), _or_empty(grad_bias, hidden)
+    if grads.bias is not None and bias is not None:
+        grads = grads._replace(bias=grads.bias.to(bias.dtype))
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if grad is None else grad
-
-
-def _linear_bwd_fake(
-    held: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(value: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
-
-    need_hidden, need_weight, need_bias = others[-3:]
-    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
+def _linear_bwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, needed = arguments[0], arguments[-1]
+    return tuple(
+        value.new_empty(value.shape) if need and value is not None else hidden.new_empty(0)
+        for value, need in zip(arguments[:5], needed, strict=True)
+    )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, row_temperature, temperature, softcap, ignore_index, logit_scale = inputs[:9]
-    logps, row_max, log_sum, entropy, *others, held = output
+    *given, row_temperature, temperature, softcap, ignore_index, logit_scale, lora_scale = inputs[:12]
+    logps, row_max, log_sum, entropy, *others = output
+    kept = others[-3:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(row_max, log_sum, *others, held)
-    ctx.save_for_backward(held, hidden, weight, bias, targets, logps, row_max, log_sum, entropy, row_temperature)
-    ctx.options = (temperature, softcap, ignore_index, logit_scale)
+    ctx.mark_non_differentiable(row_max, log_sum, *others)
+    ctx.save_for_backward(*given, *kept, logps, row_max, log_sum, entropy, row_temperature)
+    ctx.options = (temperature, softcap, ignore_index, logit_scale, lora_scale)
 
 
 def _linear_backward(ctx: Any, g_logps: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, row_temperature = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:3]
-    grads = torch.ops.prefkern.linear_logprobs_bwd(*saved, g_logps, others[2], row_temperature, *ctx.options, *needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 9
+    needed = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.prefkern.linear_logprobs_bwd(*saved, g_logps, others[2], row_temperature, *ctx.options, needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 12
 
 
 # ------------------------------------------------------------------------------------------------------- from logits
@@ -193,7 +231,7 @@ def _logits_fwd(
     ignore_index: int,
     outputs: list[str],
 ) -> tuple[Tensor, ...]:
-    tensors = _empty_stats(logits, outputs, _wide(logits.dtype))
+    tensors = _empty_stats(logits, targets, outputs, logits.dtype)
     _kernels(logits, "rowwise").logprobs_fwd(
         logits,
         targets,
@@ -205,8 +243,8 @@ def _logits_fwd(
     return tensors
 
 
-def _logits_fwd_fake(logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return _empty_stats(logits, others[-1], _wide(logits.dtype))
+def _logits_fwd_fake(logits: Tensor, targets: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _empty_stats(logits, targets, others[-1], logits.dtype)
 
 
 def _logits_bwd(

@@ -33,6 +33,11 @@ def count_products() -> Iterator[ProductCount]:
         _counters.remove(counter)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and row statistics: float32, or float64 for float64 operands."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """``out (+)= a @ b``, accumulated in float32, and rounded once if ``out`` is 16-bit.
 
@@ -60,28 +65,49 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
 
 
 class Weight:
-    """The weight in the compute dtype, and the raw product with it in float32 (float64 for float64 operands)."""
+    """An output matrix ``[V, H]`` and its two products, in the compute dtype.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.weight = weight.to(dtype)
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        # CPU, 16 bits: the product runs on upcast operands; the upcast weight is kept where it is small
-        self._upcast = dtype != self.wide and not weight.is_cuda
-        self._step = plan.slice_columns(weight.shape[1], weight.shape[0], 4)
-        self._kept: Tensor | None = None
+    Where its own dtype is another one, or a CPU multiplies upcast 16-bit operands, columns of the vocabulary are cast
+    slice by slice, so that no copy of the whole is made; ``keep`` makes one, for an accelerator that would cast every
+    slice once for each chunk of rows.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, *, keep: bool = False) -> None:
+        self.wide = wide_dtype(dtype)
+        self._weight = weight.to(dtype) if keep and weight.is_cuda else weight
+        self._dtype = dtype
+        self._factors = self.wide if not weight.is_cuda else dtype  # of the product that makes logits
+        self._narrow = dtype == torch.float16 and not weight.is_cuda  # `mm` upcasts both operands
+
+    @property
+    def casts(self) -> bool:
+        """Whether columns are cast for `hidden`: then it adds up several slices."""
+        return self._weight.dtype != self._dtype
+
+    def _columns(self, elements: int, dtype: torch.dtype) -> int:
+        return plan.cast_columns(elements, self._weight.shape[0], dtype.itemsize, self._weight.is_cuda)
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
-        if not self._upcast:
-            mm(hidden, self.weight[columns].T, out)
-            return
-        hidden = hidden.to(self.wide)
-        for start in range(columns.start, columns.stop, self._step):
-            stop = min(start + self._step, columns.stop)
-            mm(hidden, self._wide_rows(start, stop).T, out[:, start - columns.start : stop - columns.start])
+        """``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""
+        hidden = hidden.to(self._factors)
+        V, H = self._weight.shape
+        step = self._columns(H, self._factors) if self._weight.dtype != self._factors else V
+        for start, stop in _slices(columns, step):
+            part = self._weight[start:stop].to(self._dtype).to(self._factors)
+            mm(hidden, part.T, out[:, start - columns.start : stop - columns.start])
 
-    def _wide_rows(self, start: int, stop: int) -> Tensor:
-        if self._step < self.weight.shape[0]:
-            return self.weight[start:stop].to(self.wide)
-        if self._kept is None:
-            self._kept = self.weight.to(self.wide)
-        return self._kept[start:stop]
+    def hidden(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
+        """``out (+)= tile @ weight[columns]`` for a tile of those columns in the compute dtype; with several slices
+        ``out`` should be wide, since it is added to."""
+        V, H = self._weight.shape
+        step = V
+        if self.casts or self._narrow:
+            step = self._columns(H + tile.shape[0] * self._narrow, self.wide if self._narrow else self._dtype)
+        for start, stop in _slices(columns, step):
+            part = tile[:, start - columns.start : stop - columns.start]
+            mm(part, self._weight[start:stop].to(self._dtype), out, accumulate=accumulate or start > columns.start)
+
+
+def _slices(columns: slice, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(columns.start, columns.stop, step):
+        yield start, min(start + step, columns.stop)

@@ -22,16 +22,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from prefkern import plan
 from prefkern.types import RowStats, Temperature
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
-# Elements of a block: a sixteenth of the tile, so that temporaries stay small beside it, between 2 and 8 MB of float32,
-# which the caches hold. Not fewer: every pass over a block waits for all threads, which costs much on busy cores.
-_LEAST, _MOST = 1 << 19, 1 << 21
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, min(max(rows * columns // 16, _LEAST), _MOST) // max(columns, 1))
+    step = max(1, plan.block_elements(rows, columns) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -44,7 +42,7 @@ def _stats_rows(stats: RowStats, block: slice) -> RowStats:
     return RowStats._make(None if value is None else value[block] for value in stats)
 
 
-def _activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
+def activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
     """Turns the raw product into logits before the temperature, in place; returns the softcap's derivative."""
     if bias is not None:
         tile.add_(bias)
@@ -59,7 +57,7 @@ def _activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: fl
     return factor
 
 
-def _center(x: Tensor, row_max: Tensor, temperature: Temperature) -> Tensor:
+def center(x: Tensor, row_max: Tensor, temperature: Temperature) -> Tensor:
     """``(x - row_max) / T`` in place, -inf kept; a row without any finite logit stays -inf."""
     x.sub_(row_max.masked_fill(row_max == -math.inf, 0.0).unsqueeze(-1))
     if isinstance(temperature, Tensor):
@@ -120,14 +118,14 @@ def _rows_fwd(
         if out is not None:
             out.copy_(value.masked_fill_(outside, math.nan).masked_fill_(ignored, 0.0))
 
-    factor = _activate(x, bias, logit_scale, softcap)
+    factor = activate(x, bias, logit_scale, softcap)
     row_max = x.amax(-1)
     dead = row_max == -math.inf
     if stats.mean_logit is not None:
         write(stats.mean_logit, _scaled(x.mean(-1), temperature))
     if stats.is_top1 is not None:
         torch.logical_and(x.argmax(-1) == targets, ~ignored, out=stats.is_top1)
-    z = _center(x, row_max, temperature)
+    z = center(x, row_max, temperature)
     z_target = z.gather(1, index).squeeze(-1)
 
     same = held is not None and held.data_ptr() == z.data_ptr()
@@ -183,33 +181,58 @@ def tile_bwd(
     ignore_index: int,
 ) -> None:
     """Recomputes ``c u + e p (log p + entropy) (1 - t)(1 + t)`` from a tile of some columns of the vocabulary."""
-    width = tile.shape[1]
     for block in _blocks(*tile.shape):
-        x, y, row = tile[block], targets[block], _stats_rows(stats, block)
-        factor = _activate(x, bias, logit_scale, softcap)
-        z = _center(x, row.row_max, _rows(temperature, block))
-        logp = z.sub_(row.log_sum.unsqueeze(-1))
-        # the only entry that could be NaN is that of a row without a finite logit: its z is -inf, its p 0
-        p = logp.exp()
-        local = y - v_start
-        here = (local >= 0) & (local < width)
-        index = local.clamp(0, width - 1).unsqueeze(-1)
-        gradient = torch.empty_like(p) if e is not None else p
-        if e is not None:
-            assert row.entropy is not None
-            torch.add(logp.clamp_(min=-1e30), row.entropy.unsqueeze(-1), out=gradient).mul_(p).mul_(
-                e[block].unsqueeze(-1)
-            )
-        at_target = torch.expm1(row.logps).masked_fill_(row.logps == -math.inf, 0.0)
-        p.scatter_(1, index, torch.where(here, at_target, p.gather(1, index).squeeze(-1)).unsqueeze(-1))
-        if c is not None:
-            p.mul_(c[block].unsqueeze(-1))
-        if e is not None:
-            gradient.add_(p)
-        if factor is not None:
-            gradient.mul_(factor)
-        out[block] = gradient
-        _clear(out[block], y == ignore_index, row.logps.isnan())
+        _rows_bwd(
+            tile[block],
+            bias,
+            targets[block] - v_start,
+            _stats_rows(stats, block),
+            None if c is None else c[block],
+            None if e is None else e[block],
+            out[block],
+            logit_scale,
+            softcap,
+            _rows(temperature, block),
+            ignore_index - v_start,
+        )
+
+
+def _rows_bwd(
+    x: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: RowStats,
+    c: Tensor | None,
+    e: Tensor | None,
+    out: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: Temperature,
+    ignore_index: int,
+) -> None:
+    width = x.shape[1]
+    factor = activate(x, bias, logit_scale, softcap)
+    z = center(x, stats.row_max, temperature)
+    logp = z.sub_(stats.log_sum.unsqueeze(-1))
+    # the only entry that could be NaN is that of a row without a finite logit: its z is -inf, its p 0
+    p = logp.exp() if e is not None else logp.exp_()
+    here = (targets >= 0) & (targets < width)
+    index = targets.clamp(0, width - 1).unsqueeze(-1)
+    gradient = p
+    if e is not None:
+        assert stats.entropy is not None
+        gradient = logp.clamp_(min=-1e30).add_(stats.entropy.unsqueeze(-1)).mul_(p).mul_(e.unsqueeze(-1))
+    at_target = torch.expm1(stats.logps).masked_fill_(stats.logps == -math.inf, 0.0)
+    p.scatter_(1, index, torch.where(here, at_target, p.gather(1, index).squeeze(-1)).unsqueeze(-1))
+    if c is not None:
+        p.mul_(c.unsqueeze(-1))
+    if e is not None:
+        gradient.add_(p)
+    if factor is not None:
+        gradient.mul_(factor)
+    if out.data_ptr() != gradient.data_ptr():
+        out.copy_(gradient)
+    _clear(out, targets == ignore_index, stats.logps.isnan())
 
 
 def held_bwd(
@@ -224,17 +247,21 @@ def held_bwd(
     ignore_index: int,
 ) -> None:
     """The same sum from the held ``u`` without softcap: ``p = u`` except at the target, where ``p = exp(log p_y)``."""
-    width = held.shape[1]
     for block in _blocks(*held.shape):
-        u = held[block].to(c.dtype)
-        y = targets[block]
-        here = (y >= 0) & (y < width)
-        index = y.clamp(0, width - 1).unsqueeze(-1)
-        kept = u.gather(1, index).squeeze(-1)
-        p = u.clone().scatter_(1, index, torch.where(here, logps[block].exp(), kept).unsqueeze(-1))
-        logp = p.log().clamp_(min=-1e30)
-        gradient = logp.add_(entropy[block].unsqueeze(-1)).mul_(p).mul_(e[block].unsqueeze(-1))
-        out[block] = gradient.addcmul_(u, c[block].unsqueeze(-1))
+        _held_rows_bwd(held[block], targets[block], logps[block], entropy[block], c[block], e[block], out[block])
+
+
+def _held_rows_bwd(
+    held: Tensor, targets: Tensor, logps: Tensor, entropy: Tensor, c: Tensor, e: Tensor, out: Tensor
+) -> None:
+    width = held.shape[1]
+    u = held.to(c.dtype)
+    here = (targets >= 0) & (targets < width)
+    index = targets.clamp(0, width - 1).unsqueeze(-1)
+    kept = u.gather(1, index).squeeze(-1)
+    p = u.clone().scatter_(1, index, torch.where(here, logps.exp(), kept).unsqueeze(-1))
+    gradient = p.log().clamp_(min=-1e30).add_(entropy.unsqueeze(-1)).mul_(p).mul_(e.unsqueeze(-1))
+    out.copy_(gradient.addcmul_(u, c.unsqueeze(-1)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

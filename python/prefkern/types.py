@@ -10,6 +10,8 @@ Output = Literal["logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1"
 Reduction = Literal["mean", "sum", "none"]
 Temperature = float | Tensor
 """One temperature, or one per row."""
+LoRA = tuple[Tensor, Tensor, float]
+"""A low-rank adapter of a weight ``[V, H]``: ``(A [r, H], B [V, r], scale)``, which stands for ``W + scale B A``."""
 Coupling = Literal["token", "sequence", "pair", "batch"]
 """What the gradient of one token depends on: itself, its sequence, its pair of sequences, or the whole batch."""
 

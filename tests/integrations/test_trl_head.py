@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from trl.kernels import ChunkedLogProbFunction as Theirs
 
+from prefkern import live, plan
 from prefkern.demo.measure import peak_bytes
 from prefkern.integrations import trl_memory
 from prefkern.integrations.trl import _head as ours
@@ -145,6 +146,15 @@ def test_no_vocabulary_sized_tensor_reaches_saved_tensor_hooks() -> None:
         assert torch.equal(one, other)
 
 
+def test_a_graph_without_a_backward_is_freed() -> None:
+    case = inputs(40, 8, 300)
+    before = live.held_bytes(case[0].device)
+    loss = ours.apply(*case, 1.0, 32768)[0].sum()
+    assert live.held_bytes(case[0].device) - before == 40 * 300 * 4
+    del loss
+    assert live.held_bytes(case[0].device) == before
+
+
 def test_an_in_place_change_between_forward_and_backward_is_found() -> None:
     hidden, weight, _, targets = inputs(4, 8, 11)
     loss = ours.apply(hidden, weight, None, targets, 1.0, 32768)[0].sum()
@@ -164,9 +174,14 @@ def test_peak_memory_in_float32(N: int, H: int, V: int, trained: str) -> None:
     assert peaks[0] <= peaks[1]
 
 
+@pytest.mark.parametrize(("N", "H", "V"), [(150, 64, 49152), (40, 288, 49152), (300, 144, 24576)])
+@pytest.mark.parametrize("trained", ["all", "hidden", "nothing"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_peak_memory_in_16_bits(autocast: torch.dtype | None) -> None:
-    case = inputs(150, 64, 49152, torch.float32 if autocast else torch.bfloat16)
+def test_peak_memory_in_16_bits(autocast: torch.dtype | None, trained: str, N: int, H: int, V: int) -> None:
+    """Also for few tokens: neither the weight's cast nor its upcast is made whole."""
+    case = inputs(N, H, V, torch.float32 if autocast else torch.bfloat16)
+    case[0].requires_grad_(trained != "nothing")
+    case[1].requires_grad_(trained == "all")
     peaks = [peak_bytes(lambda head=head: step(head, case, autocast=autocast)) for head in (ours, Theirs)]
     assert peaks[0] <= peaks[1]
 
@@ -175,11 +190,11 @@ def test_the_count_of_our_own_buffers_holds() -> None:
     """The budget is right only if what is counted beside it is what is allocated."""
     case = inputs(100, 64, 49152)
     hidden, weight = case[:2]
-    head = trl_memory.Head.of(hidden, weight)
+    head = trl_memory.head_of(hidden, weight, 100)
     held = min(trl_memory.budget(hidden, weight), hidden.shape[0] * weight.shape[0] * 4)
     assert held == 100 * 49152 * 4
-    assert peak_bytes(lambda: step(ours, case)) <= (head.own_peak(100) + held) * 1.02
-    assert head.trl_peak(100) <= peak_bytes(lambda: step(Theirs, case))
+    assert peak_bytes(lambda: step(ours, case)) <= (trl_memory.own_peak(head) + held) * 1.02
+    assert trl_memory.trl_peak(head) <= peak_bytes(lambda: step(Theirs, case))
 
 
 def test_where_nothing_is_left_nothing_is_held() -> None:
@@ -194,13 +209,15 @@ def test_where_nothing_is_left_nothing_is_held() -> None:
 def test_the_budget_on_an_accelerator() -> None:
     """16-bit, all trainable, 8192 tokens: 6 V H + 6 N H and a tile of 268 MB, less what we need ourselves."""
     N, H, V = 8192, 4096, 128256
-    head = trl_memory.Head(H, V, 2, 2, 2, True, True, True)
-    assert head.trl_peak(N) == 6 * V * H + 6 * N * H + 4096 * 32768 * 2
-    held = head.trl_peak(N) - head.own_peak(N)
+    head = plan.Head(N, H, V, 2, 2, 2, accelerator=True)
+    assert trl_memory.trl_peak(head) == 6 * V * H + 6 * N * H + 4096 * 32768 * 2
+    held = trl_memory.trl_peak(head) - trl_memory.own_peak(head)
     assert 0.9 * 4 * V * H < held < 4 * V * H
-    frozen = trl_memory.Head(H, V, 2, 2, 2, True, False, True)
-    assert frozen.trl_peak(N) == 6 * N * H + 4096 * 32768 * 2
-    assert 0 < frozen.trl_peak(N) - frozen.own_peak(N) < 200e6
+    autocast = head._replace(hidden_bytes=4, weight_bytes=4)  # float32 weights: cast whole, but before any gradient
+    assert trl_memory.trl_peak(autocast) > trl_memory.own_peak(autocast)
+    frozen = head._replace(grad_weight=False)
+    assert trl_memory.trl_peak(frozen) == 6 * N * H + 4096 * 32768 * 2
+    assert 0 < trl_memory.trl_peak(frozen) - trl_memory.own_peak(frozen) < 200e6
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import plan, testing
+from prefkern import live, plan, testing
+from prefkern.benchmark.measure import peak_extra_bytes
 from prefkern.products import count_products
 
 N, H, V = 40, 16, 300
@@ -17,7 +18,7 @@ def held_rows(case: testing.HeadCase, max_memory: int | None) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 2 and tensor.shape[1] == V and tensor.shape[0] <= N:
             rows.append(tensor.shape[0])
-        return tensor
+        return tensor.detach()  # an output packed as itself would keep its own graph alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pk.linear_token_logprobs(*case[:2], case.targets, max_memory=max_memory)
@@ -25,28 +26,115 @@ def held_rows(case: testing.HeadCase, max_memory: int | None) -> int:
     return rows[0]
 
 
+def head_of(dtype: torch.dtype, **changes: object) -> plan.Head:
+    size = dtype.itemsize
+    return plan.Head(N, H, V, size, size, size, accelerator=False)._replace(**changes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [None, 0, 1, 25, 1000])
-def test_explain_agrees_with_the_engine(rows: int | None, dtype: torch.dtype) -> None:
+def test_the_plan_agrees_with_the_engine(rows: int | None, dtype: torch.dtype) -> None:
     case = testing.head_case(N, H, V, dtype=dtype, ignored=0.0)
     case.hidden.requires_grad_()
     case.weight.requires_grad_()
     memory = None if rows is None else rows * V * dtype.itemsize
-    predicted = plan.explain(N, H, V, dtype.itemsize, max_memory=memory)
-    assert predicted.held_rows == held_rows(case, memory)
-    assert predicted.held_bytes == predicted.held_rows * V * dtype.itemsize
+    predicted = plan.choose(head_of(dtype), memory)
+    assert predicted.kept_rows == held_rows(case, memory)
+    assert predicted.held_bytes == predicted.kept_rows * V * dtype.itemsize
     assert memory is None or predicted.held_bytes <= memory
     with count_products() as count:
         pk.linear_token_logprobs(*case[:2], case.targets, max_memory=memory).logps.sum().backward()
     assert count.products(N, H, V) == pytest.approx(predicted.products)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("rows", [None, 0, 10])
+def test_the_frozen_plan_agrees_with_the_engine(rows: int | None, entropy: bool) -> None:
+    case = testing.head_case(N, H, V, ignored=0.0)
+    memory = None if rows is None else rows * H * 4 * (1 + entropy)
+    predicted = plan.choose(head_of(torch.float32, grad_weight=False, entropy_grad=entropy), memory)
+    assert predicted.name == f"frozen({N if rows is None else rows})"
+    with count_products() as count:
+        stats = pk.linear_token_logprobs(
+            case.hidden.requires_grad_(),
+            case.weight,
+            case.targets,
+            max_memory=memory,
+            outputs=("entropy",),
+            entropy_grad=entropy,
+        )
+        forward = count.multiply_adds
+        (stats.logps.sum() + (stats.entropy.sum() if entropy else 0)).backward()
+    assert count.products(N, H, V) == pytest.approx(predicted.products)
+    if rows is None:
+        assert count.multiply_adds == forward  # none in the backward
+
+
+def test_forwards_before_one_backward_share_the_memory() -> None:
+    case = testing.head_case(N, H, V, ignored=0.0)
+    weight = case.weight.requires_grad_()
+    before = live.held_bytes(weight.device)
+
+    def products(count: int) -> float:
+        with count_products() as counted:
+            parts = [
+                pk.linear_token_logprobs(case.hidden, weight, case.targets, max_memory=before + 50 * V * 4).logps.sum()
+                for _ in range(count)
+            ]
+            assert live.held_bytes(weight.device) - before == min(50, N * count) * V * 4
+            sum(parts).backward()
+        return counted.products(N, H, V)
+
+    assert products(1) == 2
+    assert products(2) == 4 + (80 - 50) / N
+    assert products(1) == 2  # what the backward has freed counts no more
+    assert live.held_bytes(weight.device) == before
+
+
+CASES = {
+    "float32": (torch.float32, torch.float32, {}),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, {}),
+    "float32 weight": (torch.bfloat16, torch.float32, {}),
+    "frozen": (torch.bfloat16, torch.bfloat16, {"grad_weight": False}),
+    "scoring": (torch.float32, torch.float32, {"grad_hidden": False, "grad_weight": False}),
+    "entropy": (torch.float32, torch.float32, {"entropy_grad": True}),
+}
+
+
+@pytest.mark.parametrize("rows", [None, 150, 0])
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_bytes_are_within_5_percent_of_the_measured_ones(name: str, rows: int | None) -> None:
+    n, h, v = 500, 96, 16384
+    dtype, weight_dtype, changes = CASES[name]
+    head = plan.Head(n, h, v, dtype.itemsize, weight_dtype.itemsize, dtype.itemsize, accelerator=False)
+    head = head._replace(**changes)
+    memory = None if rows is None else rows * (h if head.frozen else v) * dtype.itemsize
+    hidden = torch.randn(n, h).to(dtype).requires_grad_(head.grad_hidden)
+    weight = (torch.randn(v, h) / h**0.5).to(weight_dtype).requires_grad_(head.grad_weight)
+    leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
+    targets = torch.randint(v, (n,))
+
+    def step() -> list[torch.Tensor]:
+        entropy = head.entropy_grad
+        outputs = ("logps", "entropy") if entropy else ("logps",)
+        stats = pk.linear_token_logprobs(
+            hidden, weight, targets, max_memory=memory, outputs=outputs, entropy_grad=entropy
+        )
+        if not leaves:
+            return [stats.logps]
+        return list(torch.autograd.grad(stats.logps.sum() + (stats.entropy.sum() if entropy else 0), leaves))
+
+    measured = peak_extra_bytes(step, torch.device("cpu"))
+    predicted = plan.choose(head, memory).extra_bytes
+    assert abs(predicted - measured) <= 0.05 * measured, (predicted, measured)
+
+
 def test_the_default_is_peak_neutral_and_independent_of_the_length() -> None:
-    assert plan.max_held_rows(4096, 128256, 2, None) == 2 * 4096  # 4VH bytes: a float32 gradient of the weight
-    assert plan.max_held_rows(64, 32768, 4, None) == (1 << 30) // (32768 * 4)  # the floor of 1 GiB
-    assert plan.explain(100, 64, 32768, 4, score=True).products == 1
-    assert plan.explain(100, 64, 32768, 4, trainable=False).products == 2
-    assert plan.explain(0, 64, 32768, 4).products == 3
+    assert plan.limits(4096, 128256, 2, plan.budget(4096, 128256, None)).held == 2 * 4096  # 4VH bytes
+    assert plan.limits(64, 32768, 4, plan.budget(64, 32768, None)).held == (1 << 30) // (32768 * 4)  # the floor
+    assert plan.choose(head_of(torch.float32, grad_hidden=False, grad_weight=False)).products == 1
+    assert plan.choose(head_of(torch.float32, grad_weight=False)).products == 2
+    assert plan.choose(head_of(torch.float32, N=0)).products == 3
 
 
 def test_blocks_cover_the_vocabulary_in_aligned_slices() -> None:

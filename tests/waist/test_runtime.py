@@ -14,11 +14,27 @@ from prefkern.products import count_products
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("k_max", [100, 4, 0])
-def test_opcheck_from_hidden(dtype: torch.dtype, k_max: int) -> None:
+@pytest.mark.parametrize("held_rows", [100, 4, 0])
+def test_opcheck_from_hidden(dtype: torch.dtype, held_rows: int) -> None:
     case = testing.head_case(9, 8, 32, dtype=dtype, bias=True)
     leaves = [value.clone().requires_grad_() for value in case[:3]]
-    arguments = (*leaves, case.targets, None, 0.7, 3.0, -100, 1.2, ["entropy", "is_top1"], dtype, k_max)
+    arguments = (
+        *leaves,
+        None,
+        None,
+        case.targets,
+        None,
+        0.7,
+        3.0,
+        -100,
+        1.2,
+        1.0,
+        ["entropy", "is_top1"],
+        dtype,
+        held_rows,
+        0,
+        False,
+    )
     results = opcheck(torch.ops.prefkern.linear_logprobs_fwd, arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4

@@ -140,6 +140,19 @@ def test_two_backward_passes_leave_the_first_result_alone() -> None:
         assert torch.equal(value, repeated)
 
 
+@pytest.mark.parametrize("max_memory", [None, 0])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_are_not_written_in_a_backward(compute_dtype: torch.dtype, max_memory: int | None) -> None:
+    hidden, weight, targets = small()
+    before = hidden.clone(), weight.clone()
+    logps = pk.linear_token_logprobs(
+        hidden, weight, targets, compute_dtype=compute_dtype, max_memory=max_memory, outputs=("logps", "entropy")
+    ).logps
+    logps.sum().backward()
+    assert torch.equal(before[0], hidden)
+    assert torch.equal(before[1], weight)
+
+
 def test_inputs_are_not_written_and_unneeded_gradients_not_made() -> None:
     hidden, weight, targets = small()
     before = hidden.clone(), weight.clone(), targets.clone()

@@ -89,12 +89,13 @@ class _Head:
 
 def _kept_on_device() -> AbstractContextManager[Any]:
     """What the head saves stays where it is, also under hooks that would offload it: the held tile is the largest
-    tensor of the step and is needed first in the backward. In-place changes are still found, as without hooks."""
+    tensor of the step and is needed first in the backward. In-place changes are still found, as without hooks.
+    Detached: an output that is packed as itself keeps its own graph alive, also where no backward ever runs."""
     return nullcontext() if torch.compiler.is_compiling() else saved_tensors_hooks(_keep, _kept)
 
 
 def _keep(saved: Tensor) -> tuple[Tensor, int]:
-    return saved, saved._version
+    return saved.detach(), saved._version
 
 
 def _kept(packed: tuple[Tensor, int]) -> Tensor:

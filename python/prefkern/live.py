@@ -1,0 +1,38 @@
+"""Bytes that earlier forwards of the head still hold for a backward that has not run, per device.
+
+Several forwards before one backward (policy and reference, chosen and rejected, micro-batches of one loss) share one
+``max_memory``. Counted by the storages that are alive, so that a graph that is dropped counts no more; the same program
+gives the same counts. Under compilation memory is planned by the compiler, and nothing is counted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_held: dict[torch.device, list[tuple[Any, int]]] = {}
+
+
+def watch(kept: Sequence[Tensor]) -> None:
+    """Counts these tensors' bytes for as long as anything keeps their storage."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in kept:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            weak: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            _held.setdefault(tensor.device, []).append((weak, storage.nbytes()))
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes held on a device now."""
+    alive = [(storage, nbytes) for storage, nbytes in _held.get(device, ()) if not storage.expired()]
+    _held[device] = alive
+    return sum(nbytes for _, nbytes in alive)
+
+
+def left(budget: int, device: torch.device) -> int:
+    """What of a budget earlier forwards have not taken."""
+    return budget if torch.compiler.is_compiling() else max(0, budget - held_bytes(device))

@@ -1,0 +1,81 @@
+"""What stands between the products: the tile functions' interface, and how logits are made of the raw product."""
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from prefkern.types import RowStats, Temperature
+
+
+class Tiles(Protocol):
+    """The tile functions: `prefkern.reference` or `prefkern.kernels.fold`."""
+
+    IN_PLACE: bool
+
+    def tile_fwd(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        stats: RowStats,
+        held: Tensor | None,
+        *,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: Temperature,
+        ignore_index: int,
+    ) -> None: ...
+
+    def tile_bwd(
+        self,
+        tile: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        stats: RowStats,
+        c: Tensor | None,
+        e: Tensor | None,
+        out: Tensor,
+        *,
+        v_start: int,
+        logit_scale: float,
+        softcap: float | None,
+        temperature: Temperature,
+        ignore_index: int,
+    ) -> None: ...
+
+    def held_bwd(
+        self,
+        held: Tensor,
+        targets: Tensor,
+        logps: Tensor,
+        entropy: Tensor,
+        c: Tensor,
+        e: Tensor,
+        out: Tensor,
+        *,
+        ignore_index: int,
+    ) -> None: ...
+
+
+class Logits(NamedTuple):
+    """How logits are made of the raw product: ``softcap(logit_scale (h W^T + bias)) / temperature``."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: Temperature
+    ignore_index: int
+
+    def rows(self, rows: slice) -> "Logits":
+        """Of some rows: a temperature per row is cut to them."""
+        temperature = self.temperature
+        return self._replace(temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the tile functions take them."""
+        return {name: value for name, value in self._asdict().items() if name != "bias"}
+
+
+def stats_rows(stats: RowStats, rows: slice) -> RowStats:
+    return RowStats._make(None if value is None else value[rows] for value in stats)

@@ -116,6 +116,15 @@ class Rows:
             self._temperature = self._temperature[index]
         return rows.index_select(0, index)
 
+    def take(self, per_token: Tensor) -> Tensor:
+        """Values shaped like the targets as those of the rows that are computed."""
+        flat = per_token.reshape(-1)
+        return flat if self._index is None else flat.index_select(0, self._index)
+
+    def checked(self, value: Tensor) -> Tensor:
+        """NaN where the given number of scored rows is wrong and nobody waited to find out."""
+        return value if self._poison is None else value + self._poison
+
     @property
     def arguments(self) -> tuple[Any, ...]:
         """targets, row_temperature, temperature, softcap, ignore_index: as every operator takes them."""
@@ -130,7 +139,7 @@ class Rows:
 
     def stats(self, results: Sequence[Tensor]) -> TokenStats:
         """Back to the shape of the targets; 0 where not scored."""
-        logps = results[0] if self._poison is None else results[0] + self._poison
+        logps = self.checked(results[0])
         named = dict(zip(OPTIONAL, results[3:7], strict=True))
         if not self._entropy_grad:
             named["entropy"] = named["entropy"].detach()

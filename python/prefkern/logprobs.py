@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefkern import _check, live, plan
+from prefkern._head_inputs import adapter, allowed_only, check_head
 from prefkern._rows import Rows
 from prefkern.types import LoRA, Output, Temperature, TokenStats
 
@@ -112,36 +113,11 @@ def linear_token_logprobs(
         ValueError, TypeError: as `token_logprobs`.
     """
     where = "linear_token_logprobs"
-    for name, required in (("hidden", hidden), ("weight", weight), ("targets", targets)):
-        _check.tensor(where, name, required)
-    _check.floating(where, hidden=hidden, weight=weight, bias=bias)
-    _check.same_device(where, hidden=hidden, weight=weight, bias=bias, targets=targets, vocab_mask=vocab_mask)
-    if group is not None:
-        _check.fail(where, "group is not supported by this version: gather the weight first")
-    if type(weight).__name__ == "DTensor" or type(hidden).__name__ == "DTensor":
-        _check.fail_type(
-            where,
-            "hidden and weight must be plain tensors, got a DTensor: call this inside the wrapped "
-            "model's forward, or pass weight.full_tensor()",
-        )
-    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
-        _check.fail(
-            where,
-            "hidden must be [..., H] and weight [V, H] with one H, got "
-            f"{_check.describe(hidden)} and {_check.describe(weight)}",
-        )
+    dtype = check_head(where, hidden, weight, targets, bias, logit_scale, compute_dtype, max_memory, num_scored, group)
     V, H = weight.shape
-    if bias is not None and bias.shape != (V,):
-        _check.fail(where, f"bias must be [V] = [{V}], got {_check.describe(bias)}")
-    _check.number(where, "logit_scale", logit_scale)
-    for name, count in (("max_memory", max_memory), ("num_scored", num_scored)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-            _check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
-    dtype = _compute_dtype(where, compute_dtype, hidden)
-
-    a, b, lora_scale = (None, None, 1.0) if lora is None else _adapter(where, lora, hidden, V)
+    a, b, lora_scale = (None, None, 1.0) if lora is None else adapter(where, lora, hidden, V)
     if vocab_mask is not None:
-        bias = _allowed_only(where, vocab_mask, bias, weight)
+        bias = allowed_only(where, vocab_mask, bias, weight)
 
     rows = Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, entropy_grad, V)
     flat = rows.compact(hidden.reshape(-1, H), num_scored)
@@ -172,37 +148,3 @@ def linear_token_logprobs(
     if any(wants):
         live.watch(results[-3:])
     return rows.stats(results)
-
-
-def _adapter(where: str, lora: object, hidden: Tensor, V: int) -> tuple[Tensor, Tensor, float]:
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
-        _check.fail_type(where, f"lora must be (A [r, H], B [V, r], scale), got {_check.describe(lora)}")
-    a, b, scale = lora
-    for name, value in (("lora A", a), ("lora B", b)):
-        _check.tensor(where, name, value)
-    _check.floating(where, **{"lora A": a, "lora B": b})
-    _check.same_device(where, hidden=hidden, **{"lora A": a, "lora B": b})
-    H = hidden.shape[-1]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != H or b.shape[0] != V or a.shape[0] != b.shape[1] or not a.shape[0]:
-        _check.fail(
-            where,
-            f"lora must be A [r, H = {H}] and B [V = {V}, r] with one r >= 1, got {_check.describe(a)} and "
-            f"{_check.describe(b)}",
-        )
-    return a, b, _check.number(where, "lora's scale", scale)
-
-
-def _allowed_only(where: str, vocab_mask: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-    """The bias, and -inf at the tokens that are not allowed."""
-    allowed = _check.mask(where, "vocab_mask", vocab_mask, weight.shape[:1])
-    assert allowed is not None
-    return torch.where(allowed, weight.new_zeros(()) if bias is None else bias, -torch.inf)
-
-
-def _compute_dtype(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if given is None:
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if given not in _check.FLOATS:
-        _check.fail_type(where, f"compute_dtype must be float16, bfloat16, float32 or float64, got {given!r}")
-    return given

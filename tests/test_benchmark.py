@@ -13,7 +13,7 @@ import torch
 
 from prefkern import MissingDependency, logprobs, reference
 from prefkern.benchmark import command, contenders, plot, report
-from prefkern.benchmark.accuracy import Errors, errors, head_values, tolerance
+from prefkern.benchmark.accuracy import Errors, case_values, errors, head_values, tolerance
 from prefkern.benchmark.contenders import OURS, Contender, run
 from prefkern.benchmark.floors import bare_products, tile_bytes
 from prefkern.benchmark.measure import Budget, Spread, interleave, peak_extra_bytes
@@ -47,7 +47,7 @@ def test_a_quick_run_from_outside_writes_numbers_and_a_plot(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert results["gate"] is True
-    assert len(results["cases"]) == 6
+    assert len(results["cases"]) == 8
     for case in results["cases"]:
         names = {entry["name"].split()[0]: entry for entry in case["contenders"]}
         assert {"naive", "TRL", "Liger", "prefkern"} <= set(names)
@@ -64,7 +64,7 @@ def test_a_quick_run_from_outside_writes_numbers_and_a_plot(tmp_path: Path) -> N
         assert linear["seconds"] is None
         assert linear["note"]
     assert (tmp_path / "out" / "bench.png").read_bytes()[:4] == b"\x89PNG"
-    assert done.stdout.count("naive eager") >= 6
+    assert done.stdout.count("naive eager") >= 8
 
 
 @pytest.mark.gpu
@@ -90,6 +90,7 @@ def test_products_are_three_held_four_recomputed_two_frozen_one_scoring(tmp_path
         ("frozen", OURS): 2.0,
         ("frozen", recompute): 3.0,
         ("scoring", OURS): 1.0,
+        ("cross-entropy", OURS): 3.0,
     }
 
 
@@ -165,6 +166,25 @@ def test_the_truth_is_what_autograd_says(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=4 * eps * float(want.abs().amax()))
 
 
+@pytest.mark.usefixtures("without_peers")
+def test_the_cross_entropy_is_held_to_a_truth_of_its_own() -> None:
+    operands = make_operands(SHAPE, torch.float32, CPU)
+    case = Case(SHAPE, torch.float32, "cross-entropy")
+    truth = case_values(operands, case, torch.float64)
+    leaves = [value.double().requires_grad_() for value in operands[:2]]
+    loss = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, operands.targets)
+    for got, want in zip(truth, (loss.view(1), *torch.autograd.grad(loss, leaves)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    limits = tolerance(operands, case, truth)
+    assert limits.logps <= 1e-5
+    for contender in contenders.discover(CPU):
+        forward = contender.of(case)
+        if contender.name in (contenders.EAGER, OURS):
+            assert errors(run(forward, operands, case), truth).within(limits)
+    wrong = [truth.logps * 1.0001, *truth[1:]]
+    assert not errors(wrong, truth).within(limits)
+
+
 def test_the_truth_does_not_depend_on_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     operands = make_operands(SHAPE, torch.float32, CPU)
     whole = head_values(operands, torch.float64)
@@ -191,7 +211,7 @@ def test_errors_find_what_was_added() -> None:
 def test_tolerance_is_a_few_roundings_and_bfloat16_eager_logits_are_outside_it() -> None:
     operands = make_operands(Shape(64, 64, 1001), torch.bfloat16, CPU)
     truth = head_values(operands, torch.float64)
-    limits = tolerance(operands, truth)
+    limits = tolerance(operands, Case(Shape(64, 64, 1001), torch.bfloat16, "trainable"), truth)
     assert limits.logps <= 1e-5
     assert 2**-7 <= limits.grad_hidden <= 2**-4
     case = Case(Shape(64, 64, 1001), torch.bfloat16, "trainable")

@@ -1,8 +1,8 @@
 """The correctness gate: errors against float64 of the same operands, and the tolerance that prefkern must meet.
 
 The tolerance is derived. Log-probabilities: twice the error of the device's own product with a float32 result under a
-plain log-softmax, plus one float32 rounding, and never more than 1e-4. Gradients: twice the error of the plain eager
-computation in the operands' dtype, plus one rounding to it.
+plain log-softmax, plus one float32 rounding (for their mean one per level of its sum), and never more than 1e-4.
+Gradients: twice the error of the plain eager computation in the operands' dtype, plus one rounding to it.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.benchmark.operands import Operands
+from prefkern.benchmark.operands import Case, Operands
 
 _ROWS = 512
 _MOST = 1e-4
@@ -65,6 +65,17 @@ def head_values(operands: Operands, dtype: torch.dtype) -> HeadValues:
     return HeadValues(logps, grad_hidden, grad_weight.to(dtype))
 
 
+def case_values(operands: Operands, case: Case, dtype: torch.dtype) -> HeadValues:
+    """What the case gives back: for the cross-entropy the loss, of one element, in place of the log-probabilities."""
+    if case.head != "cross-entropy":
+        return head_values(operands, dtype)
+    N = case.shape.N
+    values = head_values(
+        operands._replace(upstream=torch.full_like(operands.upstream, -1.0 / N, dtype=torch.float64)), dtype
+    )
+    return values._replace(logps=-values.logps.mean().view(1))
+
+
 def errors(found: Sequence[Tensor], truth: HeadValues) -> Errors:
     """Of ``(logps[, grad_hidden[, grad_weight]])``. NaN and infinities give NaN, which passes no tolerance."""
     logps = _largest_difference(found[0], truth.logps)
@@ -75,10 +86,13 @@ def errors(found: Sequence[Tensor], truth: HeadValues) -> Errors:
     return Errors(logps, *relative)
 
 
-def tolerance(operands: Operands, truth: HeadValues) -> Errors:
-    eager = errors(head_values(operands, operands.hidden.dtype), truth)
-    exact = errors([_wide_logps(operands)], truth)
+def tolerance(operands: Operands, case: Case, truth: HeadValues) -> Errors:
+    eager = errors(case_values(operands, case, operands.hidden.dtype), truth)
+    wide = _wide_logps(operands)
+    exact = errors([-wide.mean().view(1) if case.head == "cross-entropy" else wide], truth)
     rounding = torch.finfo(torch.float32).eps * float(truth.logps.abs().amax())
+    if case.head == "cross-entropy":
+        rounding *= 1 + math.ceil(math.log2(case.shape.N))  # one for each level of a mean summed in pairs
     eps = torch.finfo(operands.hidden.dtype).eps
     gradients = [2.0 * error + eps for error in eager[1:] if error is not None]
     return Errors(min(2.0 * exact.logps + rounding, _MOST), *gradients)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern import logprobs
+from prefkern import logprobs, losses
 from prefkern.benchmark.operands import Case, Operands
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,37 +33,48 @@ class Contender(NamedTuple):
     name: str
     forward: Forward | None
     note: str
+    cross_entropy: Forward | None = None
+    """The mean cross-entropy, where it is not minus the mean of ``forward``."""
 
     def runs(self, case: Case) -> bool:
         """Variants that differ from another row only in some of the cases are left out of the others."""
         if self.name.startswith(f"{EAGER}, "):
             return case.dtype != torch.float32
-        return case.head != "scoring" or not self.name.startswith(f"{OURS}, ")
+        return case.head in ("trainable", "frozen") or not self.name.startswith(f"{OURS}, ")
+
+    def of(self, case: Case) -> Forward | None:
+        """What is run in the case: log-probabilities ``[N]``, or the loss alone."""
+        forward = self.forward
+        if case.head != "cross-entropy" or forward is None:
+            return forward
+        return self.cross_entropy or (lambda hidden, weight, targets: -forward(hidden, weight, targets).mean())
 
 
 def run(forward: Forward, operands: Operands, case: Case) -> tuple[Tensor, ...]:
-    """Log-probabilities, then the gradients that the case asks for."""
+    """Log-probabilities (or the loss, of one element), then the gradients that the case asks for."""
     hidden, weight, targets, upstream = operands
     if case.head == "scoring":
         with torch.no_grad():
             return (forward(hidden, weight, targets),)
     hidden = hidden.detach().requires_grad_()
-    weight = weight.detach().requires_grad_(case.head == "trainable")
+    weight = weight.detach().requires_grad_(case.trains_weight)
     logps = forward(hidden, weight, targets)
-    inputs = [hidden, weight] if case.head == "trainable" else [hidden]
+    inputs = [hidden, weight] if case.trains_weight else [hidden]
+    if case.head == "cross-entropy":
+        return logps.detach().view(1), *torch.autograd.grad(logps, inputs)
     return logps.detach(), *torch.autograd.grad(logps, inputs, upstream.to(logps.dtype))
 
 
 def discover(device: torch.device) -> list[Contender]:
     """All contenders, in the order in which they are run."""
     return [
-        Contender(EAGER, _eager, "F.linear, log_softmax in float32, gather"),
-        Contender(f"{EAGER}, 16-bit", _eager_narrow, "the same with log_softmax in the operands' dtype"),
+        Contender(EAGER, _eager, "F.linear, log_softmax in float32, gather", _eager_loss),
+        Contender(f"{EAGER}, 16-bit", _eager_narrow, "the same with log_softmax in the operands' dtype", _narrow_loss),
         _build(f"TRL {_version('trl')}", _trl, device),
         _build(f"Liger {_version('liger-kernel')} GRPO", _liger_chunked, device),
         _build(f"Liger {_version('liger-kernel')} scaled CE", _liger_scaled, device),
         _build(f"Liger {_version('liger-kernel')} linear CE", _liger_linear, device),
-        Contender(OURS, _prefkern, "linear_token_logprobs"),
+        Contender(OURS, _prefkern, "linear_token_logprobs; linear_cross_entropy", _prefkern_loss),
         Contender(f"{OURS}, max_memory=0", _prefkern_recompute, "nothing held: logits are recomputed in the backward"),
     ]
 
@@ -105,6 +116,14 @@ def _eager_narrow(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.log_softmax(F.linear(hidden, weight), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
+def _eager_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
+
+
+def _narrow_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
 # ---------------------------------------------------------------------------------------------------------------- ours
 
 
@@ -115,6 +134,10 @@ def _prefkern(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def _prefkern_recompute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return logprobs.linear_token_logprobs(hidden, weight, targets, num_scored=targets.numel(), max_memory=0).logps
+
+
+def _prefkern_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return losses.linear_cross_entropy(hidden, weight, targets, num_scored=targets.numel(), metrics=False).loss
 
 
 # --------------------------------------------------------------------------------------------------------------- peers

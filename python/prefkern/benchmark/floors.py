@@ -33,7 +33,7 @@ def bare_products(operands: Operands, case: Case) -> Step:
             _mm(rows, logit_weight.T, tile[: rows.shape[0]])
         if case.head != "scoring":
             _mm(grad_logits, weight, grad_hidden)
-        if case.head == "trainable":
+        if case.trains_weight:
             _mm(grad_logits.T, hidden, grad_weight)
         return ()
 

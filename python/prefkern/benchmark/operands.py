@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Head = Literal["trainable", "frozen", "scoring"]
-HEADS: tuple[Head, ...] = ("trainable", "frozen", "scoring")
+Head = Literal["trainable", "frozen", "scoring", "cross-entropy"]
+HEADS: tuple[Head, ...] = ("trainable", "frozen", "scoring", "cross-entropy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,7 +24,8 @@ class Shape(NamedTuple):
 class Case(NamedTuple):
     """One shape, one dtype of the operands, one kind of head.
 
-    trainable: gradients of hidden and weight. frozen: of hidden only. scoring: under ``no_grad``.
+    trainable: gradients of hidden and weight. frozen: of hidden only. scoring: under ``no_grad``. cross-entropy: the
+    mean over tokens and its gradients of hidden and weight, where nothing per token is given back.
     """
 
     shape: Shape
@@ -38,7 +39,11 @@ class Case(NamedTuple):
     @property
     def products(self) -> int:
         """The fewest products of ``2 N H V`` operations that this case can be done in."""
-        return {"trainable": 3, "frozen": 2, "scoring": 1}[self.head]
+        return {"trainable": 3, "frozen": 2, "scoring": 1, "cross-entropy": 3}[self.head]
+
+    @property
+    def trains_weight(self) -> bool:
+        return self.head in ("trainable", "cross-entropy")
 
     def __str__(self) -> str:
         return f"{self.dtype_name}, {self.head}, {self.shape}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prefkern.benchmark import pieces
-from prefkern.benchmark.accuracy import errors, head_values, tolerance
+from prefkern.benchmark.accuracy import case_values, errors, tolerance
 from prefkern.benchmark.contenders import OURS, Contender, Forward, one_line, run
 from prefkern.benchmark.floors import FLOOR, bare_products, tile_bytes
 from prefkern.benchmark.measure import OUT_OF_TIME, Budget, Step, interleave, peak_extra_bytes
@@ -21,19 +21,20 @@ Progress = Callable[[str, str], None]
 
 
 def gate(cases: list[Case], found: list[Contender], device: torch.device, progress: Progress) -> list[CaseResult]:
-    """Every contender once in every case, against float64. Cases of one shape and dtype share their truth."""
+    """Every contender once in every case, against float64. Log-probabilities of one shape share a truth."""
     results = []
     operands: Operands | None = None
-    last: Case | None = None
+    last: tuple[Any, ...] | None = None
     for number, case in enumerate(cases, 1):
         label = f"gate {number}/{len(cases)}: {case}"
-        if operands is None or last is None or last[:2] != case[:2]:
+        key = (case.shape, case.dtype, case.head == "cross-entropy")
+        if operands is None or key != last:
             progress(label, "the float64 truth")
             operands = truth = None  # frees the last ones first
             operands = make_operands(case.shape, case.dtype, device)
-            truth = head_values(operands, torch.float64)
-            limits = tolerance(operands, truth)
-        last = case
+            truth = case_values(operands, case, torch.float64)
+            limits = tolerance(operands, case, truth)
+        last = key
         assert truth is not None
         entries = []
         for contender in found:
@@ -47,12 +48,13 @@ def gate(cases: list[Case], found: list[Contender], device: torch.device, progre
 
 def _check(contender: Contender, operands: Operands, case: Case, truth: Any) -> Entry:
     """A peer that fails is reported with its reason; so is prefkern, and then it does not pass."""
-    if contender.forward is None:
+    forward = contender.of(case)
+    if forward is None:
         return Entry(contender.name, contender.note)
     counted = None
     try:
         with count_products() as counter:
-            values = run(contender.forward, operands, case)
+            values = run(forward, operands, case)
         if contender.name.startswith(OURS):
             counted = counter.products(*case.shape)
         return Entry(contender.name, contender.note, errors(values, truth), products=counted)
@@ -77,12 +79,12 @@ def measure(
     progress: Progress,
 ) -> Iterator[CaseResult]:
     """Memory and time of every contender that ran in the gate, case by case. ``copy`` is the bandwidth of a copy."""
-    forwards = {contender.name: contender.forward for contender in found}
     for number, result in enumerate(checked, 1):
         share = budget.share(1 / (len(checked) - number + 1))
         if share.left() <= 0:
             yield result._replace(entries=[entry._replace(note=OUT_OF_TIME) for entry in result.entries])
             continue
+        forwards = {contender.name: contender.of(result.case) for contender in found}
         operands = make_operands(result.case.shape, result.case.dtype, device)
         label = f"case {number}/{len(checked)}: {result.case}"
         yield _Session(result, operands, forwards, device, label, progress).measure(rounds, share, copy)

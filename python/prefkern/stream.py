@@ -29,6 +29,10 @@ MIN_ROWS = 256
 rows a few percent of the time."""
 
 
+CAST_BYTES = 8 << 20
+"""Of a cast slice of the weight on a CPU: it is still in the cache when it is multiplied."""
+
+
 class Tiling(NamedTuple):
     """Rows of a panel, and rows of the float32 tile through which it is filled."""
 
@@ -175,7 +179,9 @@ def _even(N: int, rows: int) -> int:
 def _hidden_product(u: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor) -> None:
     """``out = u W``; a weight of another dtype is cast slice by slice."""
     V, H = weight.shape
-    step = V if weight.dtype == compute_dtype == u.dtype else plan.slice_columns(H, V, 4)
+    step = V
+    if weight.dtype != compute_dtype or compute_dtype != u.dtype:
+        step = max(1, (plan.SCRATCH_BYTES if weight.is_cuda else CAST_BYTES) // (u.element_size() * H))
     for start in range(0, V, step):
         part = weight[start : start + step].to(compute_dtype).to(u.dtype)
         mm(u[:, start : start + step], part, out, accumulate=start > 0)

@@ -2,8 +2,12 @@
 
 from prefkern.losses.dpo import dpo_loss
 from prefkern.losses.kto import kto_kl, kto_loss
+from prefkern.losses.linear import linear_loss
 from prefkern.losses.linear_cross_entropy import linear_cross_entropy
 from prefkern.losses.linear_dpo import linear_dpo_loss
+from prefkern.losses.linear_kto import linear_kto_loss
+from prefkern.losses.linear_orpo import linear_orpo_loss
+from prefkern.losses.linear_ppo import linear_ppo_loss
 from prefkern.losses.modules import DPOLoss, KTOLoss, ORPOLoss, PPOLoss
 from prefkern.losses.orpo import orpo_loss
 from prefkern.losses.ppo import ppo_loss, value_loss
@@ -19,6 +23,10 @@ __all__ = [
     "kto_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kto_loss",
+    "linear_loss",
+    "linear_orpo_loss",
+    "linear_ppo_loss",
     "orpo_loss",
     "pair_logps",
     "ppo_loss",

@@ -5,13 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.losses import _inputs
+from prefkern.losses._forms import check_pairs, first_half, sequence_form
+from prefkern.losses._head import Head, Reference
 from prefkern.losses.dpo import DPOLossType, check_options, dpo_loss
-from prefkern.losses.sequences import check_even, pair_logps
-from prefkern.objectives.reduce import masked_mean, per_token
-from prefkern.types import LossOutput, Output, Reduction, Temperature, TokenStats
+from prefkern.losses.sequences import pair_logps
+from prefkern.types import LossOutput, Reduction, Temperature
 
 
 def linear_dpo_loss(
@@ -66,78 +64,17 @@ def linear_dpo_loss(
     """
     where = "linear_dpo_loss"
     check_options(where, beta, loss_type, label_smoothing, reduction)
-    _check_rows(where, targets, cu_seqlens, ref_logps, weights)
-    head = partial(
-        linear_token_logprobs,
-        targets=targets,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        compute_dtype=compute_dtype,
-        num_scored=num_scored,
-        group=group,
-    )
+    check_pairs(where, targets, cu_seqlens, ref_logps=ref_logps, weights=weights)
+    logits = bias, temperature, logit_scale, softcap, ignore_index
+    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(pair_logps, targets=targets, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index)
-    if ref_hidden is not None and ref_weight is not None and ref_logps is None:
-        with torch.no_grad():
-            scored = rows(head(ref_hidden, ref_weight, bias=_reference_bias(where, bias, ref_bias)).logps)
-            ref_chosen, ref_rejected = scored.chosen, scored.rejected
-    elif ref_logps is not None and ref_hidden is None and ref_weight is None and ref_bias is None:
-        ref_chosen, ref_rejected = ref_logps.chunk(2)
-    else:
-        _check.fail(where, "the reference must be either ref_logps [2B], or ref_hidden and ref_weight")
-    outputs: tuple[Output, ...] = ("logps", "entropy", "mean_logit", "is_top1") if metrics else ("logps",)
-    stats = head(hidden, weight, bias=bias, lora=lora, max_memory=max_memory, outputs=outputs)
-    policy = rows(stats.logps)
-    loss, shown = dpo_loss(
-        policy.chosen,
-        policy.rejected,
-        ref_chosen,
-        ref_rejected,
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        chosen_lengths=policy.chosen_lengths,
-        rejected_lengths=policy.rejected_lengths,
-        weights=weights,
-        reduction=reduction,
-        metrics=metrics,
-    )
-    return LossOutput(loss, shown | _token_metrics(stats, targets != ignore_index, cu_seqlens) if metrics else {})
+    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias)
+    ref = reference.per_sequence(where, "[2B]", head, targets, lambda logps: torch.cat(rows(logps)[:2]))
+    loss = partial(dpo_loss, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, weights=weights)
+    loss = partial(loss, reduction=reduction, metrics=metrics)
 
+    def fn(logps: Tensor) -> LossOutput:
+        chosen, rejected, n_chosen, n_rejected = rows(logps)
+        return loss(chosen, rejected, *ref.chunk(2), chosen_lengths=n_chosen, rejected_lengths=n_rejected)
 
-def _check_rows(
-    where: str, targets: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, weights: Tensor | None
-) -> None:
-    """What the loss itself needs, before any product is paid for."""
-    _inputs.required(where, targets=targets)
-    _check.integer(where, targets=targets)
-    count = _inputs.sequences(where, "targets", targets, cu_seqlens)
-    check_even(where, count)
-    _check.floating(where, ref_logps=ref_logps, weights=weights)
-    for name, value, length in (("ref_logps", ref_logps, count), ("weights", weights, count // 2)):
-        if value is not None and value.shape != (length,):
-            _check.fail(where, f"{name} must have shape ({length},), got {_check.describe(value)}")
-    _check.same_device(where, targets=targets, cu_seqlens=cu_seqlens, ref_logps=ref_logps, weights=weights)
-
-
-def _reference_bias(where: str, bias: Tensor | None, ref_bias: Tensor | None) -> Tensor | None:
-    if bias is not None and ref_bias is None:
-        _check.fail(where, "bias is given, so the reference's head needs its own: pass ref_bias")
-    return ref_bias
-
-
-@torch.no_grad()
-def _token_metrics(stats: TokenStats, mask: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-    assert stats.entropy is not None
-    assert stats.mean_logit is not None
-    assert stats.is_top1 is not None
-    count = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    first = per_token(torch.arange(count, device=mask.device) < count // 2, mask, cu_seqlens)
-    return {
-        "entropy": masked_mean(stats.entropy, mask),
-        "logits/chosen": masked_mean(stats.mean_logit, mask & first),
-        "logits/rejected": masked_mean(stats.mean_logit, mask & ~first),
-        "mean_token_accuracy": masked_mean(stats.is_top1, mask & first),
-    }
+    return sequence_form(hidden, weight, targets, fn, head, chosen=first_half(targets, cu_seqlens), metrics=metrics)

@@ -1,0 +1,65 @@
+"""The options of the waist, written once for every linear form, and the reference's log-probabilities."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefkern import _check
+from prefkern.logprobs import linear_token_logprobs
+from prefkern.types import Temperature
+
+
+class Head(NamedTuple):
+    """The options of ``linear_token_logprobs`` that every linear form takes and passes on, in its order: all but
+    ``outputs`` and ``entropy_grad``, which the loss decides."""
+
+    bias: Tensor | None
+    temperature: Temperature
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    lora: None
+    compute_dtype: torch.dtype | None
+    max_memory: int | None
+    num_scored: int | None
+    group: None
+
+    def frozen(self, bias: Tensor | None) -> "Head":
+        """The head of a reference: its own weights, scored without a gradient, and otherwise the policy's options."""
+        return self._replace(bias=bias, lora=None, max_memory=None)
+
+
+class Reference(NamedTuple):
+    """A reference model, by its log-probabilities or by its hidden states and head; or none."""
+
+    ref_logps: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+
+    def per_sequence(
+        self, where: str, shape: str, head: Head, targets: Tensor, rows: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``ref_logps``, of this shape, or ``rows`` of the log-probabilities that its head gives the targets."""
+        logps = self.per_token(where, head, targets, shape)
+        if logps is None:
+            _check.fail(where, f"the reference must be {_either(shape)}, got none")
+        return logps if self.ref_logps is not None else rows(logps)
+
+    def per_token(self, where: str, head: Head, targets: Tensor, shape: str = "shaped like targets") -> Tensor | None:
+        """``ref_logps``, or what its head gives the targets, without a gradient; None where there is no reference."""
+        if self.ref_hidden is None and self.ref_weight is None and self.ref_bias is None:
+            return self.ref_logps
+        if self.ref_logps is not None or self.ref_hidden is None or self.ref_weight is None:
+            _check.fail(where, f"the reference must be {_either(shape)}")
+        if head.bias is not None and self.ref_bias is None:
+            _check.fail(where, "bias is given, so the reference's head needs its own: pass ref_bias")
+        options = head.frozen(self.ref_bias)._asdict()
+        with torch.no_grad():
+            return linear_token_logprobs(self.ref_hidden, self.ref_weight, targets, **options).logps
+
+
+def _either(shape: str) -> str:
+    return f"either ref_logps {shape}, or ref_hidden and ref_weight"

@@ -29,6 +29,7 @@ from prefkern.losses import (
     ppo_loss,
     sequence_logps,
     shift_labels,
+    topk_kl,
     value_loss,
 )
 from prefkern.types import LossOutput, PairLogps, TokenStats
@@ -65,6 +66,7 @@ __all__ = [
     "sequence_logps",
     "shift_labels",
     "token_logprobs",
+    "topk_kl",
     "value_loss",
 ]
 

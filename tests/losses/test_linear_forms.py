@@ -296,3 +296,23 @@ def test_the_likelihood_does_not_read_rejected_rows() -> None:
     want = case.linear(linear_orpo_loss, nll_targets=case.nll_targets)
     case.nll_targets[2:] = 10**6
     torch.testing.assert_close(case.linear(linear_orpo_loss, nll_targets=case.nll_targets), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_no_value_is_read_off_the_cpu(packed) -> None:
+    """With the number of scored tokens given: a tensor without values has none to wait for, metrics included."""
+    shape, device = ((R * T,) if packed else (R, T)), torch.device("meta")
+    hidden = torch.zeros(*shape, H, device=device, requires_grad=True)
+    weight = torch.zeros(V, H, device=device, requires_grad=True)
+    targets = torch.zeros(shape, dtype=torch.long, device=device)
+    cu = torch.zeros(R + 1, dtype=torch.long, device=device) if packed else None
+    rows, tokens = torch.zeros(R, device=device), torch.zeros(shape, device=device)
+    options = {"cu_seqlens": cu, "num_scored": 9, "compute_dtype": torch.float32}
+    for loss, metrics in (
+        linear_dpo_loss(hidden, weight, targets, rows, **options),
+        linear_kto_loss(hidden, weight, targets, rows, rows, kl=rows[0], **options),
+        linear_orpo_loss(hidden, weight, targets, nll_targets=targets, **options),
+        linear_ppo_loss(hidden, weight, targets, tokens, tokens, tokens > 0, entropy_coef=0.1, **options),
+    ):
+        grads = torch.autograd.grad(loss, [hidden, weight])
+        assert all(tensor.device == device for tensor in (loss, *grads, *metrics.values()))

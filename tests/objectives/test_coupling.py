@@ -43,6 +43,9 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
         "policy.clipped_policy", lp, OTHER, OTHER.flip(0), PolicyOptions(0.9, 50.0, 60.0)
     ),
     "policy.kl_penalty": lambda lp: call("policy.kl_penalty", lp, OTHER, "k3"),
+    "distillation.topk_kl": lambda lp: call(
+        "distillation.topk_kl", torch.stack([lp - 1.0, lp - 2.0], -1), torch.stack([OTHER, OTHER - 1.0], -1) - 3.0, True
+    ),
     "policy.clipped_value": lambda lp: call("policy.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
 }
 

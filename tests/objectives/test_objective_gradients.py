@@ -37,6 +37,9 @@ def unpaired(name: str):
 LP, OLD = rows(-1.0, -2.0, -0.5, -3.0, -1.0, -9.0), rows(-1.1, -1.0, -0.9, -3.05, -2.0, -3.0)
 A = rows(1.0, -2.0, 0.5, -1.0, -3.0, 2.0)
 
+STUDENT = torch.tensor([[0.2, 0.3, 0.1], [0.6, 0.1, 0.299], [1e-3, 1e-4, 2e-5]], dtype=torch.float64).log()
+TEACHER = torch.tensor([[0.5, 0.2, 0.0], [0.3, 0.3, 0.3], [0.9, 0.05, 0.04]], dtype=torch.float64).log()
+
 CASES = {
     "preference.sigmoid": pair("preference.sigmoid"),
     "preference.sigmoid smoothed": pair("preference.sigmoid", 0.2),
@@ -62,6 +65,8 @@ CASES = {
     "policy.kl_penalty k2": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k2"), (LP,)),
     "policy.kl_penalty k3": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k3"), (LP,)),
     "policy.clipped_value": (lambda v: OBJECTIVES["policy.clipped_value"](v, OLD, A, 0.2), (LP,)),
+    "distillation.topk_kl": (lambda lp: OBJECTIVES["distillation.topk_kl"](lp, TEACHER, True), (STUDENT,)),
+    "distillation.topk_kl no tail": (lambda lp: OBJECTIVES["distillation.topk_kl"](lp, TEACHER, False), (STUDENT,)),
     "sequence_logps": (lambda lp: sequence_logps(lp, MASK, None, average=True), (-torch.rand(4, 3).double(),)),
     "sequence_logps packed": (
         lambda lp: sequence_logps(lp, A > 0, torch.tensor([0, 0, 4, 4, 6]), average=False),

@@ -1,5 +1,6 @@
 """The public losses: an input form composed with an objective, checked at the door."""
 
+from prefkern.losses.distillation import topk_kl
 from prefkern.losses.dpo import dpo_loss
 from prefkern.losses.kto import kto_kl, kto_loss
 from prefkern.losses.linear import linear_loss
@@ -32,5 +33,6 @@ __all__ = [
     "ppo_loss",
     "sequence_logps",
     "shift_labels",
+    "topk_kl",
     "value_loss",
 ]

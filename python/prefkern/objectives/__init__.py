@@ -3,7 +3,7 @@
 Importing the package declares every objective (``declare.OBJECTIVES``).
 """
 
-from prefkern.objectives import kto, likelihood, orpo, policy, preference
+from prefkern.objectives import distillation, kto, likelihood, orpo, policy, preference
 from prefkern.objectives.declare import OBJECTIVES, Objective, objective
 
-__all__ = ["OBJECTIVES", "Objective", "kto", "likelihood", "objective", "orpo", "policy", "preference"]
+__all__ = ["OBJECTIVES", "Objective", "distillation", "kto", "likelihood", "objective", "orpo", "policy", "preference"]

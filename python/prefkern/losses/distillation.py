@@ -1,0 +1,102 @@
+"""Distillation from the k likeliest tokens of a teacher."""
+
+import torch
+from torch import Tensor
+
+from prefkern import _check
+from prefkern.losses import _inputs
+from prefkern.objectives import distillation
+from prefkern.objectives.reduce import masked_mean, scored
+from prefkern.types import LossOutput, Reduction
+
+MASS_LIMIT = 1.05
+"""What log-probabilities rounded to bfloat16 may sum to; logits sum to anything."""
+
+
+def topk_kl(
+    logps_k: Tensor,
+    teacher_logps_k: Tensor,
+    *,
+    tail: bool = True,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    metrics: bool = True,
+) -> LossOutput:
+    """Forward KL from a teacher of which only the k likeliest tokens are known, https://arxiv.org/abs/1503.02531.
+
+    With p_t and p_s the probabilities of those tokens under teacher and student, ``r = 1 - sum_k p`` of all others::
+
+        sum_k p_t (log p_t - log p_s)  +  r_t (log r_t - log r_s)      the second term with tail=True
+
+    With the tail it is the KL of two distributions over k + 1 outcomes: not negative, at most the full KL, and equal to
+    it at k = V. Without, it is only a part of that sum, which raising every p_s lowers. The student's log-probabilities
+    come from the waist, with one target per kept token::
+
+        teacher_logps, tokens = teacher_logits.log_softmax(-1).topk(64)
+        student = pk.linear_token_logprobs(hidden, weight, tokens).logps   # [..., 64]
+        loss = pk.topk_kl(student, teacher_logps, mask=completion_mask).loss
+
+    Args:
+        logps_k: the student's log-probabilities ``[..., Kt]`` of distinct tokens; the gradient reaches them.
+        teacher_logps_k: the teacher's, of the same tokens; not renormalised. Rows of fewer tokens are filled with -inf:
+            such an entry is not kept, whatever the student's says.
+        tail: the term of the remaining mass. A remainder that rounding leaves at 0 or below counts 0 (the teacher's) or
+            half a rounding, without a gradient (the student's).
+        mask: scored rows, bool or 0/1, ``[...]``; what it excludes may hold anything.
+        reduction: ``mean`` (sum / normalizer, by default the scored rows of this call), ``sum``, or ``none`` for
+            ``[...]``, 0 where not scored.
+        normalizer: the count of the whole batch, for equal gradients under accumulation; a number or a device tensor.
+        metrics: False gives an empty dict.
+
+    Returns:
+        ``LossOutput(loss, metrics)``, float32 (float64 for float64). Metrics, row means: ``kl``, ``mass/student`` and
+        ``mass/teacher``, the probability of the kept tokens. Nothing scored gives 0, with a graph.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, option or range, by name; on the CPU, rows that are no
+        log-probabilities because they sum to more than 1.
+    """
+    where = "topk_kl"
+    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    _inputs.required(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    _check.floating(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    _check.same_shape(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    if logps_k.ndim == 0 or logps_k.shape[-1] == 0:
+        _check.fail(where, f"logps_k must be [..., Kt] with Kt >= 1, got {_check.describe(logps_k)}")
+    mask = _check.mask(where, "mask", mask, logps_k.shape[:-1])
+    _check.same_device(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k, mask=mask)
+    normalizer = _inputs.normalizer(where, normalizer, reduction, logps_k)
+    every = None if mask is None else mask.unsqueeze(-1)
+    student, teacher = scored(logps_k, every), scored(teacher_logps_k, every).detach()
+    masses = _masses(student, teacher)
+    _check_masses(where, masses, mask)
+    losses = scored(distillation.topk_kl(student, teacher, tail), mask)
+    loss = masked_mean(losses, mask, normalizer) if reduction == "mean" else losses
+    shown = {"kl": losses.detach(), **masses} if metrics else {}
+    return LossOutput(
+        loss.sum() if reduction == "sum" else loss, {name: masked_mean(value, mask) for name, value in shown.items()}
+    )
+
+
+@torch.no_grad()
+def _masses(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """The probability of the kept tokens of each row."""
+    kept = teacher != -torch.inf
+    named = {"mass/student": student, "mass/teacher": teacher}
+    return {name: distillation.log_mass(logps, kept).exp() for name, logps in named.items()}
+
+
+def _check_masses(where: str, masses: dict[str, Tensor], mask: Tensor | None) -> None:
+    """On the CPU, what is summed are probabilities."""
+    for name, mass in masses.items():
+        if mass.device.type != "cpu" or torch.compiler.is_compiling() or not mass.numel():
+            return
+        largest = scored(mass, mask).max().item()
+        if largest > MASS_LIMIT:
+            argument = "teacher_logps_k" if name == "mass/teacher" else "logps_k"
+            _check.fail(
+                where,
+                f"{argument} must hold log-probabilities of distinct tokens, whose probabilities sum to at most 1, "
+                f"got a row that sums to {largest:.4g}: apply log_softmax over the vocabulary before picking the k",
+            )

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkern.losses import dpo_loss, kto_kl, kto_loss, orpo_loss, pair_logps, ppo_loss, sequence_logps, value_loss
+from prefkern.losses import (
+    cpo_loss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    orpo_loss,
+    pair_logps,
+    ppo_loss,
+    sequence_logps,
+    value_loss,
+)
 
 B, T = 3, 7
 LENGTHS = torch.tensor([7, 0, 3, 5, 6, 1])
@@ -44,6 +54,11 @@ def orpo(lp: Tensor, mask: Tensor, cu: Tensor | None) -> Tensor:
     return orpo_loss(average.chosen, average.rejected, -average.chosen).loss
 
 
+def cpo(lp: Tensor, mask: Tensor, cu: Tensor | None) -> Tensor:
+    average = pair_logps(-lp.abs(), mask=mask, cu_seqlens=cu, average=True)
+    return cpo_loss(average.chosen, average.rejected, -average.chosen, loss_type="simpo", alpha=0.2).loss
+
+
 CASES = {
     "dpo sigmoid": dpo,
     "dpo hinge": lambda lp, mask, cu: dpo(lp, mask, cu, loss_type="hinge"),
@@ -51,6 +66,7 @@ CASES = {
     "kto": kto,
     "kto apo": lambda lp, mask, cu: kto(lp, mask, cu, loss_type="apo_zero_unpaired"),
     "orpo": orpo,
+    "cpo": cpo,
 }
 
 
@@ -183,6 +199,7 @@ def test_empty_batches_are_zero_with_a_graph() -> None:
         dpo_loss(x, empty, empty, empty),
         dpo_loss(x, empty, empty, empty, loss_type="ipo", chosen_lengths=empty, rejected_lengths=empty),
         kto_loss(x, empty, empty.bool()),
+        cpo_loss(x, empty, torch.tensor(2.0)),
         orpo_loss(x, empty, torch.tensor(2.0)),
         orpo_loss(x, empty, empty),
         ppo_loss(x, empty, empty),

@@ -7,7 +7,9 @@ from torch import Tensor
 from prefkern import losses
 from prefkern.logprobs import linear_token_logprobs
 from prefkern.losses import (
+    cpo_loss,
     kto_loss,
+    linear_cpo_loss,
     linear_dpo_loss,
     linear_kto_loss,
     linear_orpo_loss,
@@ -146,6 +148,33 @@ def test_linear_orpo(head, packed, reference, options, nll) -> None:
     assert_same(case, got, want)
 
 
+@pytest.mark.parametrize("nll", ["targets", "nll_targets"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "simpo", "beta": 0.4, "label_smoothing": 0.1, "cpo_alpha": 0.3, "simpo_gamma": 0.7},
+        {"loss_type": "ipo", "alpha": 0.2, "reduction": "none", "metrics": False},
+        {"loss_type": "hinge", "cpo_alpha": 0, "reduction": "sum"},
+    ],
+)
+@in_every_layout_and_head
+def test_linear_cpo(head, packed, reference, options, nll) -> None:
+    case = Case(head, packed=packed)
+    nll_targets = case.nll_targets if nll == "nll_targets" else case.targets
+    pairs = pair_logps(
+        case.stats().logps,
+        targets=case.targets,
+        cu_seqlens=case.cu,
+        ignore_index=case.ignore,
+        average=options.get("loss_type") in ("ipo", "simpo"),
+    )
+    chosen = case.pick(torch.arange(R)[:, None].expand(R, T) < R // 2) & (nll_targets != case.ignore)
+    want = cpo_loss(pairs.chosen, pairs.rejected, -case.stats(targets=nll_targets).logps[chosen].mean(), **options)
+    given = {"nll_targets": nll_targets} if nll == "nll_targets" else {}
+    assert_same(case, case.linear(linear_cpo_loss, **given, **options, cu_seqlens=case.cu), want)
+
+
 PPO = {
     "policy": {},
     "clip": {"cliprange": 0.1, "cliprange_high": 0.3, "delta": 3.0, "reduction": "sequence", "metrics": False},
@@ -221,6 +250,7 @@ def test_metrics_of_the_tokens(packed) -> None:
     entropy, scored = -(logps.exp() * logps).sum(-1), case.targets != -100
     ref = torch.randn(R).double()
     per_row = {
+        linear_cpo_loss: (torch.arange(R) < R // 2, {"nll_targets": case.nll_targets}),
         linear_orpo_loss: (torch.arange(R) < R // 2, {"nll_targets": case.nll_targets}),
         linear_dpo_loss: (torch.arange(R) < R // 2, {"ref_logps": ref}),
         linear_kto_loss: (LABELS.bool(), {"ref_logps": ref, "is_desirable": LABELS}),
@@ -245,6 +275,7 @@ def test_metrics_of_the_tokens(packed) -> None:
         ("linear_dpo_loss", {"ref_logps": torch.zeros(4)}, 3),
         ("linear_dpo_loss", {"ref": True}, 4),
         ("linear_kto_loss", {"is_desirable": LABELS, "ref_logps": torch.zeros(4)}, 3),
+        ("linear_cpo_loss", {"nll": True}, 3),
         ("linear_orpo_loss", {"nll": True}, 3),
         ("linear_ppo_loss", {"old_logps": torch.zeros(4, 9), "advantages": torch.zeros(4)}, 3),
         ("linear_ppo_loss", {"old_logps": torch.zeros(4, 9), "advantages": torch.zeros(4), "entropy_coef": 0.1}, 3),
@@ -273,6 +304,7 @@ def test_nothing_scored_is_finite_with_zero_gradients() -> None:
         h, t = hidden[:rows], nothing[:rows]
         for loss, metrics in (
             linear_kto_loss(h, weight, t, LABELS[:rows], ref[:rows]),
+            linear_cpo_loss(h, weight, t, nll_targets=t),
             linear_orpo_loss(h, weight, t, nll_targets=t),
             linear_ppo_loss(h, weight, t, tokens[:rows], ref[:rows], entropy_coef=0.1),
         ):
@@ -311,6 +343,7 @@ def test_no_value_is_read_off_the_cpu(packed) -> None:
     for loss, metrics in (
         linear_dpo_loss(hidden, weight, targets, rows, **options),
         linear_kto_loss(hidden, weight, targets, rows, rows, kl=rows[0], **options),
+        linear_cpo_loss(hidden, weight, targets, nll_targets=targets, **options),
         linear_orpo_loss(hidden, weight, targets, nll_targets=targets, **options),
         linear_ppo_loss(hidden, weight, targets, tokens, tokens, tokens > 0, entropy_coef=0.1, **options),
     ):

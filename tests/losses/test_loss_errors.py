@@ -67,6 +67,27 @@ CALLS = [
     ),
     (lambda: losses.orpo_loss(X, X, 1.0), TypeError, r"orpo_loss: chosen_nll must be a torch\.Tensor"),
     (lambda: losses.orpo_loss(X, X, X, beta=-0.1), ValueError, "orpo_loss: beta must be"),
+    (lambda: losses.cpo_loss(X, X), ValueError, r"cpo_loss: cpo_alpha=1\.0 weighs chosen_nll, got None: pass it, or"),
+    (
+        lambda: losses.cpo_loss(X, X, Y),
+        ValueError,
+        r"cpo_loss: chosen_nll must be a scalar or \(4,\), got",
+    ),
+    (
+        lambda: losses.cpo_loss(X, Y, X),
+        ValueError,
+        "cpo_loss: .*rejected_logps must have the same shape",
+    ),
+    (lambda: losses.cpo_loss(X, X, 1.0), TypeError, r"cpo_loss: chosen_nll must be a torch\.Tensor"),
+    (lambda: losses.cpo_loss(X, X, X, loss_type="robust"), ValueError, "cpo_loss: loss_type must be one of .* 'simpo'"),
+    (lambda: losses.cpo_loss(X, X, X, cpo_alpha=-1), ValueError, "cpo_loss: cpo_alpha must be"),
+    (lambda: losses.cpo_loss(X, X, X, simpo_gamma=-1), ValueError, "cpo_loss: simpo_gamma must be"),
+    (lambda: losses.cpo_loss(X, X, X, alpha="a"), TypeError, "cpo_loss: alpha must be a number"),
+    (
+        lambda: losses.cpo_loss(X, X, X, loss_type="ipo", label_smoothing=0.1),
+        ValueError,
+        "cpo_loss: label_smoothing is for loss_type='sigmoid' or 'simpo'; 'ipo' has none, got 0.1",
+    ),
     (
         lambda: PPO(Y),
         ValueError,

@@ -38,6 +38,9 @@ class Form(NamedTuple):
 
 
 FORMS = {
+    "linear_cpo_loss": Form(
+        "cpo_loss", {"chosen_logps", "rejected_logps", "chosen_nll"}, first=("nll_targets",), last=("cu_seqlens",)
+    ),
     "linear_dpo_loss": Form(
         "dpo_loss",
         {"chosen_logps", "rejected_logps", "ref_rejected_logps", "chosen_lengths", "rejected_lengths"},
@@ -182,10 +185,16 @@ def test_linear_form_scores_the_reference_with_the_options_of_the_head(name, mon
 TOKENS = torch.ones(R, T)
 ANOTHER = {  # of each option a value that is not its default
     "beta": 0.3,
-    "loss_type": {"dpo_loss": "hinge", "kto_loss": "apo_zero_unpaired"},
+    "loss_type": {"cpo_loss": "simpo", "dpo_loss": "hinge", "kto_loss": "apo_zero_unpaired"},
     "label_smoothing": 0.1,
     "weights": torch.ones(R // 2),
-    "reduction": {"ppo_loss": "sequence_sum", "dpo_loss": "sum", "kto_loss": "sum", "orpo_loss": "sum"},
+    "reduction": {
+        **dict.fromkeys(("cpo_loss", "dpo_loss", "kto_loss", "orpo_loss"), "sum"),
+        "ppo_loss": "sequence_sum",
+    },
+    "cpo_alpha": 0.5,
+    "simpo_gamma": 0.6,
+    "alpha": 0.2,
     "metrics": False,
     "kl": 0.7,
     "desirable_weight": 0.5,

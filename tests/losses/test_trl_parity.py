@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkern.losses import dpo_loss, kto_kl, kto_loss, orpo_loss, pair_logps, ppo_loss, sequence_logps, value_loss
+from prefkern.losses import (
+    cpo_loss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    orpo_loss,
+    pair_logps,
+    ppo_loss,
+    sequence_logps,
+    value_loss,
+)
 
 pytest.importorskip("trl")
 
@@ -188,6 +198,41 @@ def test_orpo() -> None:
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(x, logps, retain_graph=True)[0] for x in (ours.loss, theirs)))
     assert {k: v.item() for k, v in ours.metrics.items()} == pytest.approx({k: v.mean().item() for k, v in log.items()})
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, -0.5])
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("simpo", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
+)
+def test_cpo(loss_type, smoothing, alpha) -> None:
+    """``CPOTrainer.cpo_loss``, unbound, and the sum in ``get_batch_loss_metrics``:
+    ``loss = losses.mean() + cpo_alpha * policy_nll_loss``. In float64: TRL's powers of probabilities round."""
+    from trl.experimental.cpo import CPOTrainer
+
+    logps, _, _, mask = batch()
+    logps = logps.detach().double().requires_grad_()
+    nll = -logps[:3][mask[:3]].mean()
+    pairs = pair_logps(logps, mask=mask, average=loss_type in ("ipo", "simpo"))
+    options = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": smoothing, "simpo_gamma": 0.6, "alpha": alpha}
+    trl = SimpleNamespace(**options, accelerator=accelerator())
+    losses, chosen, rejected = CPOTrainer.cpo_loss(trl, pairs.chosen, pairs.rejected)
+    ours, theirs = cpo_loss(pairs.chosen, pairs.rejected, nll, cpo_alpha=0.7, **options), losses.mean() + 0.7 * nll
+    torch.testing.assert_close(ours.loss, theirs, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(x, logps, retain_graph=True)[0] for x in (ours.loss, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+    log = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": pairs.chosen,
+        "logps/rejected": pairs.rejected,
+        "nll_loss": nll,
+    }
+    assert {k: v.item() for k, v in ours.metrics.items()} == pytest.approx({k: v.mean().item() for k, v in log.items()})
+    simple = cpo_loss(pairs.chosen, pairs.rejected, cpo_alpha=0, **options)
+    torch.testing.assert_close(simple.loss, losses.mean(), rtol=1e-12, atol=1e-12)
+    assert "nll_loss" not in simple.metrics
 
 
 def test_ppo() -> None:

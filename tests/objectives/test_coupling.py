@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prefkern.objectives import OBJECTIVES
+from prefkern.objectives.cpo import CPOOptions
 from prefkern.objectives.kto import KTOOptions
 from prefkern.objectives.policy import PolicyOptions
 from prefkern.objectives.preference import PairOptions, Pairs
@@ -30,6 +31,7 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "preference.sigmoid": lambda lp: call("preference.sigmoid", pairs(lp), PairOptions(0.3, 0.1)),
     "preference.hinge": lambda lp: call("preference.hinge", pairs(lp), PairOptions(0.05)),
     "preference.ipo": lambda lp: call("preference.ipo", pairs(lp), PairOptions(0.3)),
+    "cpo.cpo": lambda lp: call("cpo.cpo", *lp.sum(1).chunk(2), CPOOptions("simpo", 0.3, 0.1, 0.5, 0.4)),
     "kto.kto": lambda lp: call("kto.kto", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)),
     "kto.apo_zero_unpaired": lambda lp: call(
         "kto.apo_zero_unpaired", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)

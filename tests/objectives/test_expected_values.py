@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prefkern.objectives import kto, orpo, policy, preference
+from prefkern.objectives import cpo, kto, orpo, policy, preference
 from prefkern.objectives.preference import PairOptions, Pairs
 
 D_CHOSEN, D_REJECTED = torch.tensor([2.0, -1.0, 0.0]), torch.tensor([-1.0, 3.0, 0.0])
@@ -36,6 +36,33 @@ def test_pair_losses_stay_finite_far_out() -> None:
     close(loss, [0.0, 2e4])
     loss.sum().backward()
     close(far.grad, [0.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "want"),
+    [
+        ("sigmoid", {}, [0.20141328, 2.12692801]),  # x = 3, -4: log(1 + e^-1.5), log(1 + e^2)
+        ("sigmoid", {"label_smoothing": 0.1}, [0.35141328, 1.92692801]),  # + 0.1 (x / 2)
+        ("hinge", {}, [0.0, 3.0]),
+        ("ipo", {}, [4.0, 25.0]),  # (x - 1)^2
+        ("simpo", {"simpo_gamma": 0.5}, [0.31326169, 2.57888973]),  # log(1 + e^-1), log(1 + e^2.5)
+        # rewards 2 (1 - e^(-lp / 2)): x = 2 (e^2 - e^0.5), 2 (e^0.5 - e^2.5); relu(1 - x / 2)
+        ("hinge", {"alpha": 0.5}, [0.0, 11.53377269]),
+    ],
+)
+def test_cpo(loss_type, options, want) -> None:
+    chosen, rejected = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -1.0])
+    close(cpo.cpo(chosen, rejected, cpo.CPOOptions(loss_type, 0.5, **options)), want)
+
+
+def test_cpo_reward_of_an_improbable_sequence_is_finite() -> None:
+    """p^-alpha of a sum of -1000 is held at e^80, without a gradient; a small alpha is near the log-probability."""
+    logps = torch.tensor([-1000.0, -2.0], dtype=torch.float64, requires_grad=True)
+    rewards = cpo.reward(logps, 0.25)
+    assert rewards.tolist() == pytest.approx([-4.0 * math.expm1(80.0), -4.0 * math.expm1(0.5)], rel=1e-14)
+    assert torch.autograd.grad(rewards.sum(), logps)[0].tolist() == pytest.approx([0.0, math.exp(0.5)], rel=1e-14)
+    assert cpo.reward(logps, 1e-12)[1].item() == pytest.approx(-2.0, rel=1e-11)
+    assert cpo.reward(logps, 0.0).tolist() == [-1000.0, -2.0]
 
 
 def test_kto() -> None:

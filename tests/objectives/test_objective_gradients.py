@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from prefkern.objectives import OBJECTIVES
+from prefkern.objectives.cpo import CPOOptions
 from prefkern.objectives.kto import KTOOptions
 from prefkern.objectives.orpo import log_odds_ratio
 from prefkern.objectives.policy import PolicyOptions
@@ -34,6 +35,11 @@ def unpaired(name: str):
     return lambda D: OBJECTIVES[name](D, labels, 0.4, KTOOptions(0.5, 1.5, 0.8)), (CHOSEN,)
 
 
+def contrastive(loss_type: str, smoothing: float, alpha: float):
+    options = CPOOptions(loss_type, 0.5, smoothing, 0.7, alpha)
+    return lambda c, r: OBJECTIVES["cpo.cpo"](c, r, options), (rows(-0.1, -1.0, -3.0), rows(-0.7, -0.05, -2.5))
+
+
 LP, OLD = rows(-1.0, -2.0, -0.5, -3.0, -1.0, -9.0), rows(-1.1, -1.0, -0.9, -3.05, -2.0, -3.0)
 A = rows(1.0, -2.0, 0.5, -1.0, -3.0, 2.0)
 
@@ -47,6 +53,10 @@ CASES = {
     "preference.ipo": pair("preference.ipo"),
     "kto.kto": unpaired("kto.kto"),
     "kto.apo_zero_unpaired": unpaired("kto.apo_zero_unpaired"),
+    "cpo.cpo sigmoid": contrastive("sigmoid", 0.1, 0.0),
+    "cpo.cpo simpo": contrastive("simpo", 0.0, 0.3),
+    "cpo.cpo hinge": contrastive("hinge", 0.0, -0.4),
+    "cpo.cpo ipo": contrastive("ipo", 0.0, 0.0),
     "orpo.odds_ratio": (OBJECTIVES["orpo.odds_ratio"], (rows(-0.1, -1.0, -3.0), rows(-0.7, -0.05, -2.5))),
     "orpo.log_odds_ratio": (log_odds_ratio, (rows(-0.01, -30.0), rows(-5.0, -0.69))),
     "likelihood.negative_log_likelihood": (

@@ -1,9 +1,11 @@
 """The public losses: an input form composed with an objective, checked at the door."""
 
+from prefkern.losses.cpo import cpo_loss
 from prefkern.losses.distillation import topk_kl
 from prefkern.losses.dpo import dpo_loss
 from prefkern.losses.kto import kto_kl, kto_loss
 from prefkern.losses.linear import linear_loss
+from prefkern.losses.linear_cpo import linear_cpo_loss
 from prefkern.losses.linear_cross_entropy import linear_cross_entropy
 from prefkern.losses.linear_dpo import linear_dpo_loss
 from prefkern.losses.linear_kto import linear_kto_loss
@@ -19,9 +21,11 @@ __all__ = [
     "KTOLoss",
     "ORPOLoss",
     "PPOLoss",
+    "cpo_loss",
     "dpo_loss",
     "kto_kl",
     "kto_loss",
+    "linear_cpo_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_kto_loss",

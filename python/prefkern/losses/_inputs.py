@@ -85,6 +85,14 @@ def flags(where: str, name: str, value: Tensor, like: Tensor) -> Tensor:
     return checked
 
 
+def likelihood(where: str, chosen_nll: Tensor | None, like: Tensor) -> None:
+    """A negative log-likelihood of the chosen: one scalar, or one value per pair; or none."""
+    _check.floating(where, chosen_nll=chosen_nll)
+    if chosen_nll is not None and chosen_nll.ndim != 0 and chosen_nll.shape != like.shape:
+        _check.fail(where, f"chosen_nll must be a scalar or {tuple(like.shape)}, got {_check.describe(chosen_nll)}")
+    _check.same_device(where, chosen_logps=like, chosen_nll=chosen_nll)
+
+
 def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A value per token as it is, one per sequence (``[B]``, packed ``[S]``) as one per token."""
     required(where, **{name: value})

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefkern import _check
 from prefkern.losses import _inputs
-from prefkern.objectives.preference import PAIR_LOSSES, PairOptions, Pairs, log_ratios, pair_metrics
+from prefkern.objectives.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs, log_ratios, pair_metrics
 from prefkern.objectives.reduce import reduce_rows, widen
 from prefkern.types import LossOutput, Reduction
 
@@ -76,16 +76,23 @@ def dpo_loss(
     return LossOutput(reduce_rows(losses, reduction), shown)
 
 
-def check_options(where: str, beta: float, loss_type: str, label_smoothing: float, reduction: str) -> PairOptions:
-    _check.one_of(where, "loss_type", loss_type, tuple(PAIR_LOSSES))
+def check_options(
+    where: str,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    reduction: str,
+    family: dict[str, PairLoss] = PAIR_LOSSES,
+) -> PairOptions:
+    _check.one_of(where, "loss_type", loss_type, tuple(family))
     _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
     beta = _check.number(where, "beta", beta, low=0.0, open_low=True)
-    smoothing = PAIR_LOSSES[loss_type].smoothing
+    smoothing = family[loss_type].smoothing
     if smoothing is not None:
         low, high = smoothing
         label_smoothing = _check.number(where, "label_smoothing", label_smoothing, low=low, high=high, open_high=True)
     elif label_smoothing != 0.0:
-        used = " or ".join(repr(name) for name, loss in PAIR_LOSSES.items() if loss.smoothing is not None)
+        used = " or ".join(repr(name) for name, loss in family.items() if loss.smoothing is not None)
         _check.fail(where, f"label_smoothing is for loss_type={used}; {loss_type!r} has none, got {label_smoothing!r}")
     return PairOptions(beta, label_smoothing)
 

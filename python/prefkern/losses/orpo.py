@@ -45,11 +45,7 @@ def orpo_loss(
     beta = check_options(where, beta, reduction)
     _inputs.rows(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
     _inputs.required(where, chosen_nll=chosen_nll)
-    _check.floating(where, chosen_nll=chosen_nll)
-    if chosen_nll.ndim != 0 and chosen_nll.shape != chosen_avg_logps.shape:
-        shape = tuple(chosen_avg_logps.shape)
-        _check.fail(where, f"chosen_nll must be a scalar or {shape}, got {_check.describe(chosen_nll)}")
-    _check.same_device(where, chosen_avg_logps=chosen_avg_logps, chosen_nll=chosen_nll)
+    _inputs.likelihood(where, chosen_nll, chosen_avg_logps)
     penalties = odds_ratio(chosen_avg_logps, rejected_avg_logps)
     losses = widen(chosen_nll) + beta * penalties
     shown = odds_metrics(chosen_avg_logps, rejected_avg_logps, chosen_nll, penalties, beta) if metrics else {}

@@ -3,7 +3,18 @@
 Importing the package declares every objective (``declare.OBJECTIVES``).
 """
 
-from prefkern.objectives import distillation, kto, likelihood, orpo, policy, preference
+from prefkern.objectives import cpo, distillation, kto, likelihood, orpo, policy, preference
 from prefkern.objectives.declare import OBJECTIVES, Objective, objective
 
-__all__ = ["OBJECTIVES", "Objective", "distillation", "kto", "likelihood", "objective", "orpo", "policy", "preference"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "cpo",
+    "distillation",
+    "kto",
+    "likelihood",
+    "objective",
+    "orpo",
+    "policy",
+    "preference",
+]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prefkern import _check
 from prefkern.logprobs import linear_token_logprobs
-from prefkern.types import Temperature
+from prefkern.types import LoRA, Temperature
 
 
 class Head(NamedTuple):
@@ -20,7 +20,8 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float | None
     ignore_index: int
-    lora: None
+    vocab_mask: Tensor | None
+    lora: LoRA | None
     compute_dtype: torch.dtype | None
     max_memory: int | None
     num_scored: int | None

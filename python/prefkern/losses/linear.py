@@ -8,7 +8,7 @@ from torch import Tensor
 from prefkern import _check
 from prefkern.logprobs import linear_token_logprobs
 from prefkern.losses._head import Head
-from prefkern.types import LossOutput, Output, Temperature, TokenStats
+from prefkern.types import LoRA, LossOutput, Output, Temperature, TokenStats
 
 WHERE = "linear_loss"
 
@@ -26,7 +26,8 @@ def linear_loss(
     ignore_index: int = -100,
     outputs: Sequence[Output] = ("logps",),
     entropy_grad: bool = False,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -70,7 +71,7 @@ def linear_loss(
     if not callable(fn):
         _check.fail_type(WHERE, f"fn must be a function of TokenStats that returns the loss, got {_check.describe(fn)}")
     logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
+    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     stats = linear_token_logprobs(hidden, weight, targets, outputs=outputs, entropy_grad=entropy_grad, **head._asdict())
     return _loss_output(fn(stats), with_graph=torch.is_grad_enabled() and stats.logps.requires_grad)
 

@@ -9,7 +9,7 @@ from prefkern.losses._forms import check_pairs, first_half, sequence_form
 from prefkern.losses._head import Head, Reference
 from prefkern.losses.dpo import DPOLossType, check_options, dpo_loss
 from prefkern.losses.sequences import pair_logps
-from prefkern.types import LossOutput, Reduction, Temperature
+from prefkern.types import LoRA, LossOutput, Reduction, Temperature
 
 
 def linear_dpo_loss(
@@ -34,7 +34,8 @@ def linear_dpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -66,7 +67,7 @@ def linear_dpo_loss(
     check_options(where, beta, loss_type, label_smoothing, reduction)
     check_pairs(where, targets, cu_seqlens, ref_logps=ref_logps, weights=weights)
     logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
+    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(pair_logps, targets=targets, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index)
     reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias)
     ref = reference.per_sequence(where, "[2B]", head, targets, lambda logps: torch.cat(rows(logps)[:2]))

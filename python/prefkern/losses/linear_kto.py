@@ -11,7 +11,7 @@ from prefkern.losses._head import Head, Reference
 from prefkern.losses.kto import KTOLossType, check_options, kto_loss
 from prefkern.losses.sequences import sequence_logps
 from prefkern.objectives.reduce import per_token
-from prefkern.types import LossOutput, Reduction, Temperature
+from prefkern.types import LoRA, LossOutput, Reduction, Temperature
 
 
 def linear_kto_loss(
@@ -37,7 +37,8 @@ def linear_kto_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -72,7 +73,7 @@ def linear_kto_loss(
     count = check_rows(where, targets, cu_seqlens, ref_logps)
     desirable = _inputs.flags(where, "is_desirable", is_desirable, like=targets.new_empty(count))
     logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
+    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(sequence_logps, targets=targets, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     ref = Reference(ref_logps, ref_hidden, ref_weight, ref_bias).per_sequence(where, "[B]", head, targets, rows)
     loss = partial(kto_loss, kl=kl, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)

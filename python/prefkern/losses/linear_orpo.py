@@ -9,7 +9,7 @@ from prefkern.losses._forms import ChosenLikelihood, check_pairs, first_half, se
 from prefkern.losses._head import Head
 from prefkern.losses.orpo import check_options, orpo_loss
 from prefkern.losses.sequences import pair_logps
-from prefkern.types import LossOutput, Reduction, Temperature
+from prefkern.types import LoRA, LossOutput, Reduction, Temperature
 
 
 def linear_orpo_loss(
@@ -27,7 +27,8 @@ def linear_orpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -62,7 +63,7 @@ def linear_orpo_loss(
     check_options(where, beta, reduction)
     check_pairs(where, targets, cu_seqlens)
     logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
+    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     chosen, scored = first_half(targets, cu_seqlens), targets != ignore_index
     likelihood = ChosenLikelihood(where, targets, nll_targets, chosen, ignore_index)
     rows = partial(pair_logps, mask=scored, cu_seqlens=cu_seqlens, average=True)

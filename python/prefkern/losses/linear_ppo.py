@@ -10,7 +10,7 @@ from prefkern.losses._head import Head, Reference
 from prefkern.losses.ppo import check_options, ppo_loss
 from prefkern.objectives.policy import KLEstimator
 from prefkern.objectives.reduce import TokenReduction
-from prefkern.types import LossOutput, Temperature
+from prefkern.types import LoRA, LossOutput, Temperature
 
 
 def linear_ppo_loss(
@@ -46,7 +46,8 @@ def linear_ppo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    lora: None = None,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
     compute_dtype: torch.dtype | None = None,
     max_memory: int | None = None,
     num_scored: int | None = None,
@@ -81,7 +82,7 @@ def linear_ppo_loss(
     check_options(where, *options, vf_coef, cliprange_value, reduction)
     targets, scored = scored_targets(where, targets, mask, cu_seqlens, ignore_index)
     logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, lora, compute_dtype, max_memory, num_scored, group)
+    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     ref = Reference(ref_logps, ref_hidden, ref_weight, ref_bias).per_token(where, head, targets)
     loss = partial(ppo_loss, old_logps=old_logps, advantages=advantages, mask=scored, cu_seqlens=cu_seqlens)
     loss = partial(loss, cliprange=cliprange, cliprange_high=cliprange_high, delta=delta, reduction=reduction)

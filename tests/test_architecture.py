@@ -29,6 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "_rows": {"ops"},
     "logprobs": {"_head_inputs", "_rows", "live", "ops", "plan"},
     "logprob_sum": {"_head_inputs", "_rows", "stream_ops"},
+    "reference_divergence": {"reference"},
+    "head_divergence": {"head", "plan", "products"},
+    "ops_divergence": {"head_divergence", "reference_divergence", "kernels", "ops"},
+    "_divergence_inputs": {"logprobs"},
+    "divergence": {"_divergence_inputs", "logprobs", "ops_divergence", "plan"},
     "objectives": set(),
     "losses": {"logprob_sum", "logprobs", "objectives"},
     "data": {"_core"},
@@ -40,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan_command": {"plan"},
     "cli": {"benchmark", "demo", "doctor", "plan_command"},
     "__main__": {"cli"},
-    "__init__": {"data", "integrations", "logprobs", "losses", "objectives"},
+    "__init__": {"data", "divergence", "integrations", "logprobs", "losses", "objectives"},
 }
 FREE = {"types", "_check"}
 FORBIDDEN_AT_IMPORT = {"triton", "trl", "transformers", "datasets", "matplotlib", "rich", "pyarrow"}

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from prefkern._check import MissingDependency
+from prefkern.divergence import kl_divergence, linear_kl_divergence
 from prefkern.logprobs import linear_token_logprobs, token_logprobs
 from prefkern.losses import (
     DPOLoss,
@@ -34,7 +35,7 @@ from prefkern.losses import (
     topk_kl,
     value_loss,
 )
-from prefkern.types import LossOutput, PairLogps, TokenStats
+from prefkern.types import LossOutput, PairLogps, TokenDivergence, TokenStats
 
 if TYPE_CHECKING:
     from prefkern import data, integrations
@@ -49,16 +50,19 @@ __all__ = [
     "ORPOLoss",
     "PPOLoss",
     "PairLogps",
+    "TokenDivergence",
     "TokenStats",
     "cpo_loss",
     "data",
     "dpo_loss",
     "integrations",
+    "kl_divergence",
     "kto_kl",
     "kto_loss",
     "linear_cpo_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
+    "linear_kl_divergence",
     "linear_kto_loss",
     "linear_loss",
     "linear_orpo_loss",

@@ -70,20 +70,20 @@ class Rows:
                     f"got {int(self._targets[first])} at row {first[0]}",
                 )
 
-    def _check_temperature(self, temperature: Temperature) -> Temperature:
+    def _check_temperature(self, temperature: Temperature, name: str = "temperature") -> Temperature:
         if not isinstance(temperature, Tensor):
-            return _check.number(self._where, "temperature", temperature, low=0.0, open_low=True)
-        _check.floating(self._where, temperature=temperature)
+            return _check.number(self._where, name, temperature, low=0.0, open_low=True)
+        _check.floating(self._where, **{name: temperature})
         if temperature.shape != self._shape or temperature.device != self._targets.device:
             _check.fail(
                 self._where,
-                f"temperature must be a number or a tensor of one per row, shaped like targets "
+                f"{name} must be a number or a tensor of one per row, shaped like targets "
                 f"{tuple(self._shape)}, got {_check.describe(temperature)}",
             )
         if temperature.requires_grad:
-            _check.fail(self._where, "temperature gets no gradient: pass temperature.detach(), or divide the logits")
+            _check.fail(self._where, f"{name} gets no gradient: pass {name}.detach(), or divide the logits")
         if temperature.device.type == "cpu" and not torch.compiler.is_compiling() and not (temperature > 0).all():
-            _check.fail(self._where, "temperature must be positive in every row")
+            _check.fail(self._where, f"{name} must be positive in every row")
         wide = torch.float64 if temperature.dtype == torch.float64 else torch.float32
         return temperature.reshape(-1).to(wide).contiguous()
 

@@ -3,11 +3,14 @@
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Output = Literal["logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1"]
 Reduction = Literal["mean", "sum", "none"]
+Direction = Literal["forward", "reverse"]
+DivergenceOutput = Literal["divergence", "entropy"]
 Temperature = float | Tensor
 """One temperature, or one per row."""
 LoRA = tuple[Tensor, Tensor, float]
@@ -59,6 +62,38 @@ class RowStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
+
+
+class TokenDivergence(NamedTuple):
+    """Per-token divergence of two heads and the entropy of the policy, float32 (float64 for float64 input), shaped like
+    the rows; 0 where not scored. Only ``divergence`` carries a gradient."""
+
+    divergence: Tensor
+    entropy: Tensor | None = None
+
+
+class LogitForm(NamedTuple):
+    """How a head makes logits of its raw product: ``softcap(logit_scale (a + bias)) / temperature``."""
+
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: Temperature = 1.0
+
+
+class DivergenceRows(NamedTuple):
+    """What the backward of a divergence needs of each row, each ``[C]``: `RowStats`' maximum and log-sum of both heads,
+    and ``center``: KL(q || p) (forward), KL(p || q) (reverse, NaN where infinite), KL(p || m) (Jensen-Shannon)."""
+
+    row_max: Tensor
+    log_sum: Tensor
+    ref_row_max: Tensor
+    ref_log_sum: Tensor
+    center: Tensor
+
+    def bound(self, beta: float) -> Tensor:
+        """What no entry of a row of the unscaled gradient exceeds: 1, and ``1 + 2 D`` for the reverse divergence D."""
+        return 2.0 * self.center + 1.0 if beta == 1.0 else torch.ones_like(self.center)
 
 
 class Advantages(NamedTuple):

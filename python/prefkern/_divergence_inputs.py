@@ -1,0 +1,124 @@
+"""The arguments of a divergence, checked: two heads, the rows that count, and which divergence of them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from prefkern import _check
+from prefkern.logprobs import _Rows
+from prefkern.types import Direction, Temperature
+
+_DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
+
+
+class Pairs(_Rows):
+    """The rows of two heads: scored by one set of targets, each head with a temperature of its own."""
+
+    def __init__(
+        self,
+        where: str,
+        source: Tensor,
+        targets: Tensor | None,
+        temperature: Temperature,
+        ref_temperature: Temperature | None,
+        ignore_index: int,
+        V: int,
+    ) -> None:
+        self._all = targets is None
+        if targets is None:
+            targets, ignore_index = source.new_zeros(source.shape[:-1], dtype=torch.int64), -1
+        super().__init__(where, source, targets, temperature, None, ignore_index, (), False, V)
+        self._reference = self._temperature
+        if ref_temperature is not None:
+            self._reference = self._check_temperature(ref_temperature, "ref_temperature")
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Of the reference's rows those that `compact` kept of the policy's."""
+        return rows if self._index is None else rows.index_select(0, self._index)
+
+    @property
+    def scored(self) -> Tensor | None:
+        """Which rows count, None for all: in eager mode only those are left."""
+        return None if self._all or self._index is not None else self._targets != self._ignore_index
+
+    @property
+    def temperature(self) -> tuple[Tensor | None, float]:
+        row_temperature, temperature = self.arguments[1:3]
+        return row_temperature, temperature
+
+    @property
+    def ref_temperature(self) -> tuple[Tensor | None, float]:
+        given = self._reference
+        if not isinstance(given, Tensor):
+            return None, given
+        # the policy's own was compacted with its rows
+        compacted = self._index is None or given.shape[0] == self._index.shape[0]
+        return (given if compacted else self.take(given)), 1.0
+
+    def full(self, value: Tensor) -> Tensor:
+        return self._full(value if self._poison is None else value + self._poison)
+
+
+def beta_of(where: str, direction: Direction, jsd_beta: float | None) -> float:
+    """The divergence as one number: 0 forward, 1 reverse, between them Jensen-Shannon."""
+    _check.one_of(where, "direction", direction, tuple(_DIRECTIONS))
+    if jsd_beta is None:
+        return _DIRECTIONS[direction]
+    if direction != "forward":
+        _check.fail(where, f"direction must be left at its default when jsd_beta is given, got {direction!r}")
+    return _check.number(where, "jsd_beta", jsd_beta, low=0.0, high=1.0)
+
+
+def check_head(
+    where: str,
+    prefix: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[int, int]:
+    """V and H of a head whose arguments' names begin with ``prefix``."""
+    h, w, b = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    _check.floating(where, **{h: hidden, w: weight, b: bias})
+    if type(weight).__name__ == "DTensor" or type(hidden).__name__ == "DTensor":
+        _check.fail_type(where, f"{h} and {w} must be plain tensors, got a DTensor: pass {w}.full_tensor()")
+    if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        _check.fail(
+            where,
+            f"{h} must be [..., H] and {w} [V, H] with one H, got {_check.describe(hidden)} and "
+            f"{_check.describe(weight)}",
+        )
+    V, H = weight.shape
+    if bias is not None and bias.shape != (V,):
+        _check.fail(where, f"{b} must be [V] = [{V}], got {_check.describe(bias)}")
+    _check.number(where, f"{prefix}logit_scale", logit_scale)
+    if softcap is not None:
+        _check.number(where, f"{prefix}softcap", softcap, low=0.0, open_low=True)
+    return V, H
+
+
+def reference_form(
+    where: str,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ref_bias: Tensor | None,
+    ref_logit_scale: float | None,
+    ref_softcap: float | None,
+) -> tuple[float, float | None]:
+    """The reference's scale and softcap. Neither is guessed from the policy's: two models may differ there."""
+    for name, given, missing, none in (
+        ("bias", bias is not None, ref_bias is None, "zeros"),
+        ("logit_scale", logit_scale != 1.0, ref_logit_scale is None, "1.0"),
+        ("softcap", softcap is not None, ref_softcap is None, "math.inf"),
+    ):
+        if given and missing:
+            _check.fail(
+                where, f"{name} is given, so the reference's head needs its own: pass ref_{name} ({none}: none)"
+            )
+    return (
+        1.0 if ref_logit_scale is None else ref_logit_scale,
+        None if ref_softcap == math.inf else ref_softcap,
+    )

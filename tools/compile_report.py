@@ -52,7 +52,7 @@ def compile_all(targets: list[str], kernels: str) -> list[dict[str, Any]]:
                 signature[name] = "constexpr"
                 constants[name] = None
             else:
-                floats = name in ("softcap", "temperature", "logit_scale")
+                floats = name.removeprefix("ref_") in ("softcap", "temperature", "logit_scale", "beta", "peak")
                 signature[name] = "fp32" if floats else "i32"
         aligned = [name for name in names if signature[name].startswith("*") or name.endswith("stride")]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}

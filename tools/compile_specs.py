@@ -39,7 +39,7 @@ def load(name: str) -> types.ModuleType:
 
 
 def specs() -> list[Spec]:
-    return [*_rowwise(), *_fold()]
+    return [*_rowwise(), *_fold(), *_divergence()]
 
 
 _STATS = {"logps_ptr": "fp32", "row_max_ptr": "fp32", "log_sum_ptr": "fp32"}
@@ -52,6 +52,7 @@ def _spec(
 ) -> Spec:
     kernel = getattr(module, f"_{name}_kernel")
     constants = {flag: flags.get(flag, False) for flag in kernel.arg_names if flag.startswith("HAS_")}
+    constants |= {"MODE": flags["MODE"]} if "MODE" in flags else {}
     constants |= {"LANES": tile.lanes, "PER_LANE": tile.per_lane, "STAGES": tile.num_stages}
     # with 64 registers four blocks of 256 threads share a multiprocessor; the softcap is bound by its arithmetic
     registers = 80 if flags.get("HAS_SOFTCAP") else 64
@@ -127,4 +128,51 @@ def _fold() -> list[Spec]:
         pointers |= {"held_ptr": dtype, "targets_ptr": "i64", "out_ptr": dtype}
         size = SIZES[dtype]
         out.append(_spec(backward, "held_bwd", dtype, backward.HELD_BACKWARD[size], size, 26.5, pointers))
+    return out
+
+
+_ROW_STATS = dict.fromkeys(("row_max_ptr", "log_sum_ptr", "ref_row_max_ptr", "ref_log_sum_ptr", "center_ptr"), "fp32")
+_MODES = {"forward": 0, "reverse": 1, "jsd": 2}
+
+
+def _divergence() -> list[Spec]:
+    module, backward = load("divergence"), load("divergence_bwd")
+    out = []
+    for dtype, held, kind, full, ceiling in (
+        ("fp32", "bf16", "forward", False, 28.0),
+        ("fp32", "fp16", "reverse", False, 28.0),
+        ("fp32", "bf16", "jsd", False, 48.0),
+        ("fp32", "bf16", "forward", True, 85.0),
+        ("fp32", "bf16", "jsd", True, 110.0),
+        ("bf16", None, "reverse", False, 28.0),
+    ):
+        label = f"{kind} {dtype} held {held or 'none'}{' all' if full else ''}"
+        pointers = {"tile_ptr": dtype, "ref_tile_ptr": dtype, "divergence_ptr": "fp32"} | _ROW_STATS
+        pointers |= {"held_ptr": held} if held else {}
+        pointers |= {"scored_ptr": "i1", "entropy_ptr": "fp32"} if full else {}
+        pointers |= {"bias_ptr": "fp32", "ref_bias_ptr": "fp32"} if full else {}
+        flags = dict.fromkeys(
+            ("HAS_SCORED", "HAS_ENTROPY", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_REF_SOFTCAP"), full
+        )
+        flags |= {"HAS_HELD": held is not None, "HAS_PEAK": held == "fp16", "MODE": _MODES[kind]}
+        size = SIZES[dtype]
+        reads = 2 * size + (8 if full else 0)
+        tile = module.FORWARD[size]
+        out.append(_spec(module, "divergence_fwd", label, tile, reads, ceiling, pointers, **flags))
+    for dtype, written, kind, full, ceiling in (
+        ("fp32", "bf16", "forward", False, 19.0),
+        ("fp32", "fp16", "reverse", False, 20.0),
+        ("fp32", "bf16", "jsd", True, 108.0),
+        ("bf16", "bf16", "reverse", False, 20.0),
+    ):
+        label = f"{kind} {dtype} to {written}{' all' if full else ''}"
+        pointers = {"tile_ptr": dtype, "ref_tile_ptr": dtype, "out_ptr": written} | _ROW_STATS
+        pointers |= {"scored_ptr": "i1", "bias_ptr": "fp32", "ref_bias_ptr": "fp32"} if full else {}
+        pointers |= {"c_ptr": "fp32"} if dtype == "bf16" else {}
+        flags = dict.fromkeys(("HAS_SCORED", "HAS_BIAS", "HAS_REF_BIAS", "HAS_SOFTCAP", "HAS_REF_SOFTCAP"), full)
+        flags |= {"HAS_C": dtype == "bf16", "HAS_PEAK": written == "fp16", "MODE": _MODES[kind]}
+        size = SIZES[dtype]
+        reads = 2 * size + (8 if full else 0)
+        tile = backward.BACKWARD[size]
+        out.append(_spec(backward, "divergence_bwd", label, tile, reads, ceiling, pointers, **flags))
     return out

@@ -15,7 +15,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         pytest.skip("kernels are compiled where there is a CUDA device")
     import interpreter
 
-    from prefkern.kernels import fold, fold_bwd, rowwise
+    from prefkern.kernels import divergence, divergence_bwd, fold, fold_bwd, rowwise
     from prefkern.kernels._launch import Tile
 
     interpreter.install()
@@ -23,6 +23,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     for name in ("FORWARD", "SOFTCAP_FORWARD", "BACKWARD"):
         monkeypatch.setattr(rowwise, name, {2: narrow, 4: wide})
     monkeypatch.setattr(fold_bwd, "HELD_BACKWARD", {2: narrow, 4: wide})
+    monkeypatch.setattr(divergence, "FORWARD", {2: narrow, 4: wide})
+    monkeypatch.setattr(divergence_bwd, "BACKWARD", {2: narrow, 4: wide})
     monkeypatch.setattr(fold, "FORWARD", wide)
     monkeypatch.setattr(fold_bwd, "TILE_BACKWARD", wide)
     return torch.device("cpu")

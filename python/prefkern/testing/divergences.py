@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.testing.inputs import head_case
+from prefkern.testing.inputs import HeadCase, head_case
 from prefkern.testing.oracles import HeadGrads, _cast, _logits, _wide
 from prefkern.types import LogitForm
 
@@ -46,13 +46,26 @@ def divergence_case(
     scale: float = 2.0,
     bias: bool = False,
     ignored: float = 0.2,
+    confident: float = 0.2,
     masked: float = 0.0,
 ) -> DivergenceCase:
     """Two heads of their own widths; with ``masked`` the same columns of both are -inf (in the bias)."""
-    policy = head_case(n, h, v, dtype=dtype, device=device, seed=seed, scale=scale, bias=bias, ignored=ignored)
-    reference = head_case(
-        n, ref_h, v, dtype=ref_dtype or dtype, device=device, seed=seed + 1, scale=scale, bias=bias, ignored=0.0
-    )
+
+    def head(width: int, kind: torch.dtype, seed: int) -> HeadCase:
+        return head_case(
+            n,
+            width,
+            v,
+            dtype=kind,
+            device=device,
+            seed=seed,
+            scale=scale,
+            bias=bias,
+            ignored=ignored,
+            confident=confident,
+        )
+
+    policy, reference = head(h, dtype, seed), head(ref_h, ref_dtype or dtype, seed + 1)
     biases = [policy.bias, reference.bias]
     if masked:
         columns = torch.rand(v, generator=torch.Generator().manual_seed(seed)) < masked

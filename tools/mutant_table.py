@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import mutant_divergence
+
 
 class Mutant(NamedTuple):
     """``old`` stands exactly once in ``function``. ``survives`` says why no test can catch it without a GPU."""
@@ -219,6 +221,7 @@ _FOLD_BWD = [
 MUTANTS = [
     Mutant(file, *entry)
     for file, entries in (
+        *mutant_divergence.ENTRIES.items(),
         ("_math.py", _MATH),
         ("_statistics.py", _STATISTICS),
         ("_gradient.py", _GRADIENT),
@@ -228,3 +231,8 @@ MUTANTS = [
     )
     for entry in entries
 ]
+
+
+def quick_tests(mutant: Mutant) -> str:
+    """The tests that should see a break soonest; a function's name may stand in several files."""
+    return mutant_divergence.QUICK.get((mutant.file, mutant.function)) or QUICK[mutant.function]

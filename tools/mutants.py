@@ -19,11 +19,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from mutant_table import MUTANTS, QUICK, Mutant
+from mutant_table import MUTANTS, Mutant, quick_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path("python/prefkern/kernels")
-TESTS = [f"tests/kernels/{name}" for name in ("test_math.py", "test_fold.py", "test_rowwise.py")]
+TESTS = [
+    f"tests/kernels/{name}"
+    for name in ("test_math.py", "test_fold.py", "test_rowwise.py", "test_divergence_kernels.py")
+]
 SECONDS = 240  # a break that makes a loop endless is caught by the clock
 REQUIRED = 0.95
 
@@ -90,7 +93,7 @@ def caught_by(tree: Path, status: int) -> str | None:
 def run(mutants: list[Mutant], folder: Path, workers: int) -> dict[Mutant, str | None]:
     """Which test caught each break. Quick tests first, all for a survivor; the unbroken kernels run beside them."""
     results: dict[Mutant, str | None] = {}
-    waiting = [(mutant, QUICK[mutant.function]) for mutant in reversed(mutants)]
+    waiting = [(mutant, quick_tests(mutant)) for mutant in reversed(mutants)]
     free = [copy_tree(folder / f"tree{i}") for i in range(workers)]
     running: dict[int, tuple[Mutant | None, str, Path]] = {}
     unbroken = copy_tree(folder / "unbroken")

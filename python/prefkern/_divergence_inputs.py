@@ -33,6 +33,16 @@ class Pairs(_Rows):
         if ref_temperature is not None:
             self._reference = self._check_temperature(ref_temperature, "ref_temperature")
 
+    def compact(self, rows: Tensor, num_scored: int | None) -> Tensor:
+        if not self._all:
+            return super().compact(rows, num_scored)
+        if num_scored is not None and num_scored != rows.shape[0]:
+            _check.fail(
+                self._where,
+                f"num_scored must be the number of rows, {rows.shape[0]}, without targets, got {num_scored}",
+            )
+        return rows
+
     def take(self, rows: Tensor) -> Tensor:
         """Of the reference's rows those that `compact` kept of the policy's."""
         return rows if self._index is None else rows.index_select(0, self._index)
@@ -49,12 +59,8 @@ class Pairs(_Rows):
 
     @property
     def ref_temperature(self) -> tuple[Tensor | None, float]:
-        given = self._reference
-        if not isinstance(given, Tensor):
-            return None, given
-        # the policy's own was compacted with its rows
-        compacted = self._index is None or given.shape[0] == self._index.shape[0]
-        return (given if compacted else self.take(given)), 1.0
+        given = self._reference  # of all rows, also where it is the policy's
+        return (self.take(given), 1.0) if isinstance(given, Tensor) else (None, given)
 
     def full(self, value: Tensor) -> Tensor:
         return self._full(value if self._poison is None else value + self._poison)
@@ -81,6 +87,7 @@ def check_head(
 ) -> tuple[int, int]:
     """V and H of a head whose arguments' names begin with ``prefix``."""
     h, w, b = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    _check.tensor(where, w, weight)
     _check.floating(where, **{h: hidden, w: weight, b: bias})
     if type(weight).__name__ == "DTensor" or type(hidden).__name__ == "DTensor":
         _check.fail_type(where, f"{h} and {w} must be plain tensors, got a DTensor: pass {w}.full_tensor()")

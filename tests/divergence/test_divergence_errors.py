@@ -17,6 +17,13 @@ BIAS = torch.zeros(10)
 CASES = [
     ({"hidden": None}, TypeError, r"hidden must be a torch\.Tensor, got NoneType"),
     ({"ref_hidden": [1.0]}, TypeError, r"ref_hidden must be a torch\.Tensor, got list"),
+    ({"weight": None}, TypeError, r"weight must be a torch\.Tensor, got NoneType"),
+    ({"ref_weight": None}, TypeError, r"ref_weight must be a torch\.Tensor, got NoneType"),
+    (
+        {"targets": None, "num_scored": 3},
+        ValueError,
+        "num_scored must be the number of rows, 4, without targets, got 3",
+    ),
     ({"weight": torch.zeros(10, 8, dtype=torch.int8)}, TypeError, "weight must be .* dequantise it first"),
     ({"ref_weight": torch.zeros(10, 6, dtype=torch.long)}, TypeError, "ref_weight must be float16"),
     ({"weight": torch.zeros(10, 7)}, ValueError, r"hidden must be \[\.\.\., H\] and weight \[V, H\] with one H"),

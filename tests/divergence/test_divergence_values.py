@@ -54,7 +54,7 @@ def test_values_are_exact_to_1e_5(dtype: torch.dtype, kind: str, form: str) -> N
     assert not got.entropy.requires_grad
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", "all"])
 @pytest.mark.parametrize("rows", [None, 17, 0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,7 +160,7 @@ def test_gradcheck(kind: str) -> None:
             named = {"bias": bias, "ref_bias": case.ref_bias, "max_memory": memory}
             return pk.linear_kl_divergence(hidden, weight, *reference, **named, **options, **KINDS[kind])
 
-        assert torch.autograd.gradcheck(value, leaves)
+        assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

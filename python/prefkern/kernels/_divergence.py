@@ -28,7 +28,7 @@ FAR = tl.constexpr(-1.0e30)  # the logarithm of a probability of 0, where two ar
 
 
 @triton.jit
-def _add(x, log2e_t, m, s):
+def _add_logits(x, log2e_t, m, s):
     """Adds a tile to the lanes' maximum and sum; also the step of the maximum and ``z``, both in powers of two."""
     new = tl.maximum(m, tl.max(x, 1))
     step = (m - new) * log2e_t
@@ -62,8 +62,8 @@ def _add_pair(
     HAS_ENTROPY: tl.constexpr,
 ):
     """Adds tiles of the policy's logits (maxima m, sums s) and of the reference's (n, r)."""
-    m, new_s, decay, step, z, w = _add(x, log2e_t, m, s)
-    n, new_r, ref_decay, ref_step, ref_z, ref_w = _add(y, log2e_r, n, r)
+    m, new_s, decay, step, z, w = _add_logits(x, log2e_t, m, s)
+    n, new_r, ref_decay, ref_step, ref_z, ref_w = _add_logits(y, log2e_r, n, r)
     if MODE == 0:
         gap = tl.maximum(ref_z - tl.maximum(z, LOWEST), LOWEST)
         g = _shifted(g, ref_step - tl.maximum(step, LOWEST), r, ref_decay) + tl.sum(ref_w * gap, 1)

@@ -8,7 +8,7 @@ from prefkern.kernels._math import LN2, LOG2E
 
 
 @triton.jit
-def _gradient(
+def _pair_gradient(
     x,
     y,
     slope,
@@ -112,7 +112,7 @@ def write_pair_gradient(
             HAS_SOFTCAP,
             HAS_REF_SOFTCAP,
         )
-        u = _gradient(x, y, slope, rate, log2_sum, ref_rate, ref_log2_sum, center, factor, beta, MODE, HAS_SOFTCAP)
+        u = _pair_gradient(x, y, slope, rate, log2_sum, ref_rate, ref_log2_sum, center, factor, beta, MODE, HAS_SOFTCAP)
         tl.store(out_ptr + cols, u.to(dtype))
     if main < V:
         cols = main + lane
@@ -134,5 +134,5 @@ def write_pair_gradient(
             HAS_SOFTCAP,
             HAS_REF_SOFTCAP,
         )
-        u = _gradient(x, y, slope, rate, log2_sum, ref_rate, ref_log2_sum, center, factor, beta, MODE, HAS_SOFTCAP)
+        u = _pair_gradient(x, y, slope, rate, log2_sum, ref_rate, ref_log2_sum, center, factor, beta, MODE, HAS_SOFTCAP)
         tl.store(out_ptr + cols, u.to(dtype), mask=cols < V)

@@ -7,7 +7,7 @@ PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 
-.PHONY: help setup demo test test-python test-rust bench measure lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo test test-python test-rust bench measure cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -60,6 +60,10 @@ bench: setup ## the side-by-side benchmark: naive eager, TRL, Liger, prefkern
 
 measure: setup ## run the benchmark and rewrite the measured tables of README.md and docs/measured.md
 	@$(BIN)/python -m prefkern bench --json --plot --output bench/results/cpu
+	@$(BIN)/python tools/measured.py
+
+cpu-head: setup ## where the time of the head on a CPU goes; rewrites docs/cpu-head.md
+	@$(BIN)/python bench/cpu_head.py --markdown bench/results/cpu-head.md
 	@$(BIN)/python tools/measured.py
 
 wheel: setup ## build the wheel into dist/

@@ -1,8 +1,10 @@
-"""Writes the measured tables into README.md and docs/measured.md, between their ``<!-- begin: NAME -->`` markers.
+"""Writes the measured tables into README.md, docs/measured.md and docs/cpu-head.md, between their markers,
+``<!-- begin: NAME -->``.
 
 Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
 (``python -m prefkern bench --json``), ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/
-compile.md`` (``tools/compile_report.py --markdown``) and ``bench/results/demo.md`` (``python -m prefkern demo``).
+compile.md`` (``tools/compile_report.py --markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``) and
+``bench/results/cpu-head.md`` (``bench/cpu_head.py --markdown``).
 ``--check`` writes nothing and fails where a file would change.
 """
 
@@ -116,7 +118,7 @@ def sections() -> dict[str, str]:
     if gpu.exists():
         results = json.loads(gpu.read_text())
         found |= {"head-gpu-full": full_tables(results), "pieces-gpu": pieces_table(results)}
-    for name in ("mutants", "compile", "demo"):
+    for name in ("mutants", "compile", "demo", "cpu-head"):
         path = RESULTS / f"{name}.md"
         if path.exists():
             found[name] = path.read_text().strip()
@@ -135,7 +137,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where a file would change; write nothing")
     check = parser.parse_args().check
     found, stale = sections(), []
-    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "cpu-head.md"):
         old = path.read_text()
         new = fill(old, found)
         if new != old:

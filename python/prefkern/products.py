@@ -1,5 +1,7 @@
 """The matrix products: 16-bit operands, float32 accumulation, and a float32 result where it must not be rounded."""
 
+import functools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 from prefkern import plan
+
+_UPCAST_BYTES = 32 << 20
 
 
 class ProductCount:
@@ -41,14 +45,15 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """``out (+)= a @ b``, accumulated in float32, and rounded once if ``out`` is 16-bit.
 
-    On the CPU there is no product of 16-bit operands with a float32 result, so bfloat16 partial results are rounded
-    before they are added up; `Weight.logits` upcasts instead, since log-probabilities must not be rounded.
+    On the CPU there is no product of 16-bit operands with a float32 result, so where it multiplies bfloat16 natively
+    partial results are rounded before they are added up; `Weight.logits` upcasts instead, since log-probabilities must
+    not be rounded. Where it does not, operands are upcast slice by slice.
     """
     for counter in _counters:
         counter.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
-    if a.dtype == torch.float16 and not a.is_cuda:
-        a, b = a.float(), b.float()  # CPUs have no float16 product worth the name, and its result would overflow
-    if a.dtype == out.dtype:
+    if not a.is_cuda and not _native(a.dtype):
+        _upcast_mm(a, b, out, accumulate)
+    elif a.dtype == out.dtype:
         if accumulate:
             torch.addmm(out, a, b, out=out)
         else:
@@ -62,6 +67,41 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         out.add_(torch.mm(a, b))
     else:
         out.copy_(torch.mm(a, b))
+
+
+@functools.cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 10 to 100 times
+    slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
+    if dtype != torch.bfloat16:
+        return dtype != torch.float16
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _upcast_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """`mm` by float32 products of slices: of the longer side of ``a``, so that the other operand's copy is small."""
+    M, K = a.shape
+    P = b.shape[1]
+    if K >= M:
+        wide = out if out.dtype == torch.float32 else torch.empty(M, P)
+        step = max(1, _UPCAST_BYTES // (4 * (M + P)))
+        for start in range(0, K, step):
+            part = slice(start, start + step)
+            if start or (accumulate and wide is out):
+                torch.addmm(wide, a[:, part].float(), b[part].float(), out=wide)
+            else:
+                torch.mm(a[:, part].float(), b[part].float(), out=wide)
+        if wide is not out:
+            out.add_(wide) if accumulate else out.copy_(wide)
+        return
+    b = b.float()
+    step = max(1, _UPCAST_BYTES // (4 * (K + P)))
+    for start in range(0, M, step):
+        rows = out[start : start + step]
+        product = torch.mm(a[start : start + step].float(), b)
+        rows.add_(product) if accumulate else rows.copy_(product)
 
 
 class Weight:

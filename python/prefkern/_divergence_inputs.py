@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from prefkern import _check
-from prefkern.logprobs import _Rows
+from prefkern._rows import Rows
 from prefkern.types import Direction, Temperature
 
 _DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
 
 
-class Pairs(_Rows):
+class Pairs(Rows):
     """The rows of two heads: scored by one set of targets, each head with a temperature of its own."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Pairs(_Rows):
         return (self.take(given), 1.0) if isinstance(given, Tensor) else (None, given)
 
     def full(self, value: Tensor) -> Tensor:
-        return self._full(value if self._poison is None else value + self._poison)
+        return self._full(self.checked(value), self._shape)
 
 
 def beta_of(where: str, direction: Direction, jsd_beta: float | None) -> float:

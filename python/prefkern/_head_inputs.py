@@ -43,7 +43,7 @@ def check_head(
     for name, count in (("max_memory", max_memory), ("num_scored", num_scored)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             _check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
-    return _compute_dtype(where, compute_dtype, hidden)
+    return compute_dtype_of(where, compute_dtype, hidden)
 
 
 def adapter(where: str, lora: object, hidden: Tensor, V: int) -> tuple[Tensor, Tensor, float]:
@@ -72,7 +72,7 @@ def allowed_only(where: str, vocab_mask: Tensor, bias: Tensor | None, weight: Te
     return torch.where(allowed, weight.new_zeros(()) if bias is None else bias, -torch.inf)
 
 
-def _compute_dtype(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
+def compute_dtype_of(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     if given is None:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

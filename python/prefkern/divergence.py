@@ -11,11 +11,12 @@ from torch import Tensor
 
 from prefkern import (
     _check,
+    live,
     ops_divergence,  # noqa: F401 - registers the operators
     plan,
 )
 from prefkern._divergence_inputs import Pairs, beta_of, check_head, reference_form
-from prefkern.logprobs import _compute_dtype
+from prefkern._head_inputs import compute_dtype_of
 from prefkern.types import Direction, DivergenceOutput, Temperature, TokenDivergence
 
 
@@ -202,7 +203,7 @@ def linear_kl_divergence(
     for name, count in (("max_memory", max_memory), ("num_scored", num_scored)):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             _check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
-    dtype, ref_dtype = (_compute_dtype(where, compute_dtype, given) for given in (hidden, ref_hidden))
+    dtype, ref_dtype = (compute_dtype_of(where, compute_dtype, given) for given in (hidden, ref_hidden))
     if torch.float64 in (dtype, ref_dtype):
         dtype = ref_dtype = torch.float64
 
@@ -210,7 +211,8 @@ def linear_kl_divergence(
     flat = rows.compact(hidden.reshape(-1, H), num_scored)
     ref_flat = rows.take(ref_hidden.detach().reshape(-1, ref_H))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    k_max = plan.max_held_rows(H, V, dtype.itemsize, max_memory) if needs_grad else 0
+    bytes_ = live.left(plan.budget(H, V, max_memory), hidden.device)
+    k_max = plan.limits(H, V, dtype.itemsize, bytes_).held if needs_grad else 0
     results = torch.ops.prefkern.linear_divergence_fwd(
         flat,
         weight,
@@ -231,6 +233,8 @@ def linear_kl_divergence(
         "entropy" in (outputs or ()),
         k_max,
     )
+    if needs_grad:
+        live.watch(results[-1:])
     divergence = rows.full(results[0])
     if outputs is None:
         return divergence

@@ -310,9 +310,7 @@ def write_vocabulary(
         if scales.post is None and (grad.dtype == tile.dtype or (tile.is_cuda and grad.dtype == wide)):
             mm(tile.T, scaled, grad)
         else:
-            upcast = tile.dtype == torch.float16 and not tile.is_cuda
-            elements = scaled.shape[1] + tile.shape[0] * upcast
-            step = plan.cast_columns(elements, tile.shape[1], wide.itemsize, tile.is_cuda)
+            step = plan.cast_columns(scaled.shape[1], tile.shape[1], wide.itemsize, tile.is_cuda)
             for start in range(0, tile.shape[1], step):
                 part = grad[start : start + step]
                 product = torch.empty(part.shape, dtype=wide, device=part.device)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prefkern import plan
-from prefkern.head import Gradients, _RowScales, _write_vocabulary
-from prefkern.products import Weight, mm
+from prefkern.head_bwd import Gradients, RowScales, scale_rows, write_vocabulary
+from prefkern.products import Weight
 from prefkern.types import DivergenceRows, LogitForm, Temperature
 
 PEAK = 2.0**14
@@ -143,6 +143,8 @@ def backward(
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None,
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
         torch.empty_like(form.bias) if need_bias and form.bias is not None else None,
+        None,
+        None,
     )
     if N == 0:
         for grad in grads:
@@ -151,26 +153,15 @@ def backward(
         return grads
     w = Weight(weight, dtype)
     scales = _scales(g, form, scored, rows.bound(beta), dtype, w.wide)
-    scaled = (hidden.to(w.wide) * scales.row.unsqueeze(-1)).to(dtype) if need_weight else None
+    scaled = scale_rows(hidden, scales.row, dtype) if need_weight else None
     wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device) if need_hidden else None
-    if K == N:
+    whole = iter([(slice(0, V), held)])
+    for columns, tile in whole if K == N else _slices(held, policy, reference, w, scored, rows, tiles, beta):
         if wide_hidden is not None:
-            _hidden(w, held, slice(0, V), wide_hidden)
-        _write_vocabulary(held, scaled, scales, grads.weight, grads.bias)
-    else:
-        for columns, tile in _slices(held, policy, reference, w, scored, rows, tiles, beta):
-            if wide_hidden is not None:
-                _hidden(w, tile, columns, wide_hidden, accumulate=columns.start > 0)
-            _write_vocabulary(
-                tile,
-                scaled,
-                scales,
-                None if grads.weight is None else grads.weight[columns],
-                None if grads.bias is None else grads.bias[columns],
-            )
+            w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
+        write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias)
     if wide_hidden is not None and grads.hidden is not None:
-        factor = scales.row if scales.post is None else scales.row * scales.post
-        grads.hidden.copy_(wide_hidden.mul_(factor.unsqueeze(-1)))
+        grads.hidden.copy_(scales.finish(wide_hidden.mul_(scales.row.unsqueeze(-1))))
     return grads
 
 
@@ -221,7 +212,7 @@ def _slices(
 
 def _scales(
     g: Tensor, form: LogitForm, scored: Tensor | None, bound: Tensor, dtype: torch.dtype, wide: torch.dtype
-) -> _RowScales:
+) -> RowScales:
     """``r`` of each row over what its ``u`` was scaled by; in float16 normalised by a power of two, ``post``, since
     the gradient of a loss divided by many tokens underflows there."""
     temperature = form.temperature.to(wide) if isinstance(form.temperature, Tensor) else form.temperature
@@ -229,15 +220,11 @@ def _scales(
     if scored is not None:
         row = torch.where(scored, row, 0.0)
     if dtype != torch.float16:
-        return _RowScales(None, None, row, None)
+        return RowScales(None, None, row, None)
     row = row * bound / PEAK
     largest = torch.where(row.isfinite(), row, 0.0).abs().amax()
     post = torch.exp2(largest.clamp(min=torch.finfo(wide).tiny).log2().ceil())
-    return _RowScales(None, None, row / post, post)
-
-
-def _hidden(w: Weight, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
-    mm(tile, w.weight[columns], out, accumulate=accumulate)
+    return RowScales(None, None, row / post, post)
 
 
 def _peak(dtype: torch.dtype) -> float | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from prefkern import head_divergence, reference_divergence
 from prefkern._check import require
 from prefkern.head_divergence import Results, Side
-from prefkern.ops import _or_empty, _outside_autocast, _temperature, _wide
+from prefkern.ops import _outside_autocast, _temperature
+from prefkern.products import wide_dtype
 from prefkern.types import DivergenceRows, LogitForm
 
 _FORM = "Tensor? row_temperature, float temperature, float? softcap, float logit_scale"
@@ -65,7 +66,7 @@ def _sides(heads: Arguments, forms: Arguments, dtype: torch.dtype, ref_dtype: to
     def side(head: Arguments, form: Arguments, dtype: torch.dtype) -> Side:
         hidden, weight, bias = head
         row_temperature, temperature, softcap, logit_scale = form
-        wide = None if bias is None else bias.to(_wide(dtype))
+        wide = None if bias is None else bias.to(wide_dtype(dtype))
         logits = LogitForm(wide, logit_scale, softcap, _temperature(row_temperature, temperature))
         return Side(hidden, weight, logits, dtype)
 
@@ -86,7 +87,7 @@ def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     beta, dtype, ref_dtype, entropy, k_max = arguments[15:]
     policy, reference = _sides(heads, forms, dtype, ref_dtype)
     N, V = policy.hidden.shape[0], policy.weight.shape[0]
-    divergence, entropies, rows = _empty_results(policy.hidden, _wide(dtype), entropy)
+    divergence, entropies, rows = _empty_results(policy.hidden, wide_dtype(dtype), entropy)
     held = policy.hidden.new_empty(min(N, k_max), V, dtype=dtype)
     results = Results(divergence, entropies if entropy else None, _rows(rows))
     head_divergence.forward(policy, reference, scored, results, held, _kernels(held), beta)
@@ -96,7 +97,7 @@ def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
 def _linear_fwd_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     dtype, _, entropy, k_max = others[-4:]
     held = hidden.new_empty(torch.sym_min(hidden.shape[0], k_max), weight.shape[0], dtype=dtype)
-    return *_empty_results(hidden, _wide(dtype), entropy), held
+    return *_empty_results(hidden, wide_dtype(dtype), entropy), held
 
 
 def _linear_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +119,9 @@ def _linear_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         need_bias=need_bias,
     )
     grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-    return _or_empty(grads.hidden, hidden), _or_empty(grads.weight, hidden), _or_empty(grad_bias, hidden)
+    given = (grads.hidden, grads.weight, grad_bias)
+    first, second, third = (hidden.new_empty(0) if grad is None else grad for grad in given)
+    return first, second, third
 
 
 def _linear_bwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
@@ -165,7 +168,7 @@ def _logit_options(options: Arguments) -> dict[str, Any]:
 
 
 def _logits_fwd(logits: Tensor, ref_logits: Tensor, scored: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    divergence, _, rows = _empty_results(logits, _wide(logits.dtype), False)
+    divergence, _, rows = _empty_results(logits, wide_dtype(logits.dtype), False)
     _kernels(logits).tile_fwd(
         logits, ref_logits, scored, divergence, None, _rows(rows), None, **_logit_options(options)
     )
@@ -173,7 +176,7 @@ def _logits_fwd(logits: Tensor, ref_logits: Tensor, scored: Tensor | None, *opti
 
 
 def _logits_fwd_fake(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    divergence, _, rows = _empty_results(logits, _wide(logits.dtype), False)
+    divergence, _, rows = _empty_results(logits, wide_dtype(logits.dtype), False)
     return divergence, rows
 
 

@@ -58,9 +58,9 @@ def slice_columns(rows: int, V: int, itemsize: int) -> int:
     return _aligned(SCRATCH_BYTES // max(rows * itemsize, 1), V)
 
 
-def cast_columns(elements: int, V: int, itemsize: int, accelerator: bool) -> int:
-    """Columns of the vocabulary that are cast at once, with so many elements each."""
-    return _aligned((SCRATCH_BYTES if accelerator else CAST_BYTES) // max(elements * itemsize, 1), V)
+def cast_columns(H: int, V: int, itemsize: int, accelerator: bool) -> int:
+    """Columns of the vocabulary whose rows of the weight are cast at once."""
+    return _aligned((SCRATCH_BYTES if accelerator else CAST_BYTES) // max(H * itemsize, 1), V)
 
 
 def block_elements(rows: int, V: int) -> int:
@@ -95,6 +95,8 @@ class Head(NamedTuple):
     grad_weight: bool = True
     entropy_grad: bool = False
     accelerator: bool = True
+    native: bool = True
+    """Whether a CPU multiplies 16-bit operands (`prefkern.products.native`); else they are upcast in slices."""
 
     @property
     def wide(self) -> int:
@@ -208,10 +210,9 @@ def backward_bytes(head: Head, K: int, F: int) -> int:
     scales = 5 * wide * head.N
     if N == 0:
         return kept + scales + CAST_BYTES
-    upcast = not head.accelerator and narrow != wide  # its products round to 16 bits, in a tensor of their own
     rows = N * H * narrow * head.grad_weight
     if head.grad_hidden:
-        rows += N * H * (wide * (head.hidden_bytes != wide) + narrow * upcast)
+        rows += N * H * wide * (head.hidden_bytes != wide)
     columns, slices, temporaries = V, 0, 0
     if K < N or head.entropy_grad:
         element = narrow + (0 if head.direct else wide)
@@ -220,10 +221,23 @@ def backward_bytes(head: Head, K: int, F: int) -> int:
         if not head.accelerator:
             temporaries = block_elements(N, columns) * wide * head.entropy_grad * (1 + (K > 0))
     weight = _casts(head, columns, logits=K < N)
-    if head.grad_weight and head.weight_bytes != narrow and upcast:
-        weight = max(weight, cast_columns(H, V, wide, False) * H * (wide + narrow))
-    made = max(weight + _operand(head, (N - K) * (K < N)), temporaries)
+    made = max(weight + _operand(head, (N - K) * (K < N)), temporaries, _products_beside(head, N, columns))
     return kept + scales + made + rows + slices
+
+
+def _products_beside(head: Head, N: int, columns: int) -> int:
+    """What the backward's products take on a CPU with 16-bit operands: a result of 16 bits of their own, or slices of
+    both operands upcast, and a float32 result where the destination is narrower."""
+    if head.accelerator or head.compute_bytes == head.wide:
+        return 0
+    H, narrow, wide = head.H, head.compute_bytes, head.wide
+    casts = cast_columns(H, columns, wide, False) * H * wide  # of the weight's gradient, where its dtype is another
+    if head.native:
+        own = N * H * narrow * head.grad_hidden
+        return max(own, casts * 2 * (head.grad_weight and head.weight_bytes != narrow))
+    deep = min(CAST_BYTES, (N + H) * columns * wide) * head.grad_hidden  # grad_hidden: slices of the vocabulary
+    tall = (N * H * wide + min(CAST_BYTES, (N + H) * columns * wide)) * head.grad_weight
+    return max(deep, tall + casts * (head.weight_bytes != narrow))
 
 
 class Line(NamedTuple):

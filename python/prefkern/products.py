@@ -10,8 +10,6 @@ from torch import Tensor
 
 from prefkern import plan
 
-_UPCAST_BYTES = 32 << 20
-
 
 class ProductCount:
     """Multiply-adds of the products that were run, in units that `products` turns into multiples of N H V."""
@@ -51,7 +49,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """
     for counter in _counters:
         counter.multiply_adds += a.shape[0] * a.shape[1] * b.shape[1]
-    if not a.is_cuda and not _native(a.dtype):
+    if not a.is_cuda and not native(a.dtype):
         _upcast_mm(a, b, out, accumulate)
     elif a.dtype == out.dtype:
         if accumulate:
@@ -70,7 +68,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
 
 
 @functools.cache
-def _native(dtype: torch.dtype) -> bool:
+def native(dtype: torch.dtype) -> bool:
     """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 10 to 100 times
     slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
     if dtype != torch.bfloat16:
@@ -86,7 +84,7 @@ def _upcast_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     P = b.shape[1]
     if K >= M:
         wide = out if out.dtype == torch.float32 else torch.empty(M, P)
-        step = max(1, _UPCAST_BYTES // (4 * (M + P)))
+        step = max(1, plan.CAST_BYTES // (4 * (M + P)))
         for start in range(0, K, step):
             part = slice(start, start + step)
             if start or (accumulate and wide is out):
@@ -97,7 +95,7 @@ def _upcast_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
             out.add_(wide) if accumulate else out.copy_(wide)
         return
     b = b.float()
-    step = max(1, _UPCAST_BYTES // (4 * (K + P)))
+    step = max(1, plan.CAST_BYTES // (4 * (K + P)))
     for start in range(0, M, step):
         rows = out[start : start + step]
         product = torch.mm(a[start : start + step].float(), b)
@@ -117,21 +115,20 @@ class Weight:
         self._weight = weight.to(dtype) if keep and weight.is_cuda else weight
         self._dtype = dtype
         self._factors = self.wide if not weight.is_cuda else dtype  # of the product that makes logits
-        self._narrow = dtype == torch.float16 and not weight.is_cuda  # `mm` upcasts both operands
 
     @property
     def casts(self) -> bool:
         """Whether columns are cast for `hidden`: then it adds up several slices."""
         return self._weight.dtype != self._dtype
 
-    def _columns(self, elements: int, dtype: torch.dtype) -> int:
-        return plan.cast_columns(elements, self._weight.shape[0], dtype.itemsize, self._weight.is_cuda)
+    def _columns(self, dtype: torch.dtype) -> int:
+        V, H = self._weight.shape
+        return plan.cast_columns(H, V, dtype.itemsize, self._weight.is_cuda)
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
         """``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""
         hidden = hidden.to(self._factors)
-        V, H = self._weight.shape
-        step = self._columns(H, self._factors) if self._weight.dtype != self._factors else V
+        step = self._columns(self._factors) if self._weight.dtype != self._factors else self._weight.shape[0]
         for start, stop in _slices(columns, step):
             part = self._weight[start:stop].to(self._dtype).to(self._factors)
             mm(hidden, part.T, out[:, start - columns.start : stop - columns.start])
@@ -139,10 +136,7 @@ class Weight:
     def hidden(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
         """``out (+)= tile @ weight[columns]`` for a tile of those columns in the compute dtype; with several slices
         ``out`` should be wide, since it is added to."""
-        V, H = self._weight.shape
-        step = V
-        if self.casts or self._narrow:
-            step = self._columns(H + tile.shape[0] * self._narrow, self.wide if self._narrow else self._dtype)
+        step = self._columns(self._dtype) if self.casts else self._weight.shape[0]
         for start, stop in _slices(columns, step):
             part = tile[:, start - columns.start : stop - columns.start]
             mm(part, self._weight[start:stop].to(self._dtype), out, accumulate=accumulate or start > columns.start)

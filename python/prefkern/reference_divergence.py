@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prefkern.reference import _activate, _blocks, _center, _rows
+from prefkern.reference import _blocks, _rows, activate, center
 from prefkern.types import DivergenceRows, LogitForm
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
@@ -90,14 +90,14 @@ def _log_probs(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Log-probabilities (a new tensor), the softcap's derivative, and the row statistics, found if not given."""
     x = tile[block].to(torch.promote_types(tile.dtype, torch.float32), copy=True)
-    slope = _activate(x, form.bias, form.logit_scale, form.softcap)
+    slope = activate(x, form.bias, form.logit_scale, form.softcap)
     temperature = _rows(form.temperature, block)
     if row_max is None or log_sum is None:
         row_max = x.amax(-1)
-        z = _center(x, row_max, temperature)
+        z = center(x, row_max, temperature)
         logp = torch.log_softmax(z, -1, out=z)
         return logp, slope, row_max, -logp.amax(-1)  # the largest log-probability is 0 - log_sum
-    return _center(x, row_max, temperature).sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
+    return center(x, row_max, temperature).sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
 
 
 def _write(

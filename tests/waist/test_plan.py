@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import live, plan, testing
+from prefkern import live, plan, products, testing
 from prefkern.benchmark.measure import peak_extra_bytes
 from prefkern.products import count_products
 
@@ -107,7 +107,7 @@ def test_predicted_bytes_are_within_5_percent_of_the_measured_ones(name: str, ro
     n, h, v = 500, 96, 16384
     dtype, weight_dtype, changes = CASES[name]
     head = plan.Head(n, h, v, dtype.itemsize, weight_dtype.itemsize, dtype.itemsize, accelerator=False)
-    head = head._replace(**changes)
+    head = head._replace(**changes, native=products.native(dtype))
     memory = None if rows is None else rows * (h if head.frozen else v) * dtype.itemsize
     hidden = torch.randn(n, h).to(dtype).requires_grad_(head.grad_hidden)
     weight = (torch.randn(v, h) / h**0.5).to(weight_dtype).requires_grad_(head.grad_weight)

@@ -17,7 +17,7 @@ def test_upcast_products(
     shape: tuple[int, int, int],
     accumulate: bool,
 ) -> None:
-    monkeypatch.setattr(products, "_native", lambda dtype: False)
+    monkeypatch.setattr(products, "native", lambda dtype: False)
     monkeypatch.setattr(products, "_UPCAST_BYTES", 600)  # several slices, the last of them short
     M, K, P = shape
     a, b = torch.randn(K, M).to(dtype).T, torch.randn(K, P).to(dtype)
@@ -37,8 +37,8 @@ def test_upcast_products(
 def test_bfloat16_is_multiplied_in_16_bits_only_where_the_processor_can() -> None:
     flags = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
-        assert not products._native(torch.bfloat16)
+        assert not products.native(torch.bfloat16)
     elif flags:
-        assert products._native(torch.bfloat16)
-    assert not products._native(torch.float16)
-    assert products._native(torch.float32)
+        assert products.native(torch.bfloat16)
+    assert not products.native(torch.float16)
+    assert products.native(torch.float32)

@@ -10,7 +10,7 @@ of 512 rows, which for fewer than 2048 tokens and a frozen head or none can be m
 import torch
 from torch import Tensor
 
-from prefkern import plan
+from prefkern import plan, products
 
 TOKENS, COLUMNS = 4096, 32768
 """TRL's tile; it is allocated at its full width even for a smaller vocabulary."""
@@ -31,6 +31,7 @@ def head_of(hidden: Tensor, weight: Tensor, N: int) -> plan.Head:
         hidden.requires_grad and torch.is_grad_enabled(),
         weight.requires_grad and torch.is_grad_enabled(),
         accelerator=device != "cpu",
+        native=products.native(dtype),
     )
 
 

@@ -2,9 +2,10 @@
 ``<!-- begin: NAME -->``.
 
 Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
-(``python -m prefkern bench --json``), ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/
-compile.md`` (``tools/compile_report.py --markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``) and
-``bench/results/cpu-head.md`` (``bench/cpu_head.py --markdown``).
+(``python -m prefkern bench --json``), ``bench/results/data/bench.json`` (``python -m prefkern bench data --json``),
+``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
+--markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``) and ``bench/results/cpu-head.md``
+(``bench/cpu_head.py --markdown``).
 ``--check`` writes nothing and fails where a file would change.
 """
 
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from prefkern.benchmark.data_command import goal_text
 from prefkern.benchmark.report import si_bytes, si_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,26 @@ def pieces_table(results: dict[str, Any]) -> str:
     return table(["piece", "shape", "time", "rate", "of copy bandwidth"], rows)
 
 
+def data_tables(results: dict[str, Any]) -> str:
+    """Every case of the data benchmark: the contenders, then what was aimed at and whether it was reached."""
+    parts = [about(results)]
+    for area in dict.fromkeys(case["area"] for case in results["cases"]):
+        rows, goals = [], []
+        for case in (case for case in results["cases"] if case["area"] == area):
+            name = f"{case['name']}, {case['size']}"
+            rows.append([f"*{name}*", "", "", ""])
+            for entry in case["contenders"]:
+                if entry["seconds"] is None:
+                    rows.append([f"{entry['name']}: {entry['note']}", "", "", ""])
+                    continue
+                title = f"**{entry['name']}**" if entry["name"].startswith("prefkern") else entry["name"]
+                time = si_seconds(entry["seconds"]["median"])
+                rows.append([title, time, _cell(entry["times_floor"], ".3g"), _cell(entry["times_ours"], ".3g")])
+            goals += [f"- {name}: {goal_text(goal)}" for goal in case["goals"]]
+        parts += [f"**{area}**", table(["", "time", "x floor", "x prefkern"], rows), "\n".join(goals)]
+    return "\n\n".join(parts)
+
+
 def sections() -> dict[str, str]:
     found: dict[str, str] = {}
     cpu, gpu = RESULTS / "cpu" / "bench.json", RESULTS / "gpu" / "bench.json"
@@ -118,6 +140,9 @@ def sections() -> dict[str, str]:
     if gpu.exists():
         results = json.loads(gpu.read_text())
         found |= {"head-gpu-full": full_tables(results), "pieces-gpu": pieces_table(results)}
+    data = RESULTS / "data" / "bench.json"
+    if data.exists():
+        found["data"] = data_tables(json.loads(data.read_text()))
     for name in ("mutants", "compile", "demo", "cpu-head"):
         path = RESULTS / f"{name}.md"
         if path.exists():

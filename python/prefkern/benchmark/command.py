@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from prefkern.benchmark import machine, plot, report
+from prefkern.benchmark import data_command, machine, plot, report
 from prefkern.benchmark.contenders import discover
 from prefkern.benchmark.floors import copy_bandwidth
 from prefkern.benchmark.measure import Budget
 from prefkern.benchmark.operands import DTYPES, HEADS, Case, Shape
+from prefkern.benchmark.progress import Progress, positive
 from prefkern.benchmark.run import gate, measure, measure_pieces, passes
 
 CPU_SHAPE = Shape(2048, 1024, 32768)
@@ -29,14 +30,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m prefkern bench",
         description="Correctness against float64 first; then time and peak memory of naive eager, TRL, Liger and "
-        "prefkern on the same tensors, interleaved, beside the bare matrix products.",
+        "prefkern on the same tensors, interleaved, beside the bare matrix products. `bench data` does the same for "
+        "batching and advantages.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--tokens", type=_positive, metavar="N", help=f"scored tokens (CPU: {CPU_SHAPE.N})")
-    parser.add_argument("--hidden", type=_positive, metavar="H", help=f"width (CPU: {CPU_SHAPE.H})")
-    parser.add_argument("--vocab", type=_positive, metavar="V", help=f"vocabulary (CPU: {CPU_SHAPE.V})")
+    parser.add_argument("--tokens", type=positive, metavar="N", help=f"scored tokens (CPU: {CPU_SHAPE.N})")
+    parser.add_argument("--hidden", type=positive, metavar="H", help=f"width (CPU: {CPU_SHAPE.H})")
+    parser.add_argument("--vocab", type=positive, metavar="V", help=f"vocabulary (CPU: {CPU_SHAPE.V})")
     parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", help="may be given more than once")
-    parser.add_argument("--repeats", type=_positive, metavar="R", help="interleaved rounds (CPU: 5, CUDA: 10)")
+    parser.add_argument("--repeats", type=positive, metavar="R", help="interleaved rounds (CPU: 5, CUDA: 10)")
     limit = f"begin no further round or case after S seconds (CUDA: {GPU_BUDGET_S:.0f})"
     parser.add_argument("--budget-s", type=float, metavar="S", help=limit)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: a test of the harness")
@@ -46,13 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("prefkern-bench"), metavar="DIR", help="default: %(default)s"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def cases(given: argparse.Namespace) -> list[Case]:
@@ -69,7 +64,10 @@ def cases(given: argparse.Namespace) -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when all was measured, 1 when prefkern fails its correctness gate (then nothing is timed), 2: wrong usage."""
-    given = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["data"]:
+        return data_command.main(arguments[1:])
+    given = _parser().parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("prefkern bench: there is no CUDA device; leave out --device cuda to measure the CPU", file=sys.stderr)
         return 2
@@ -88,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
 
     budget = Budget(given.budget_s or (GPU_BUDGET_S if device.type == "cuda" else None))
-    progress = _Progress()
+    progress = Progress()
     found = discover(device)
     checked = gate(chosen, found, device, progress)
     good = all(passes(result) for result in checked)
@@ -127,21 +125,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _write(results: dict[str, Any], given: argparse.Namespace) -> None:
     if given.json:
         (given.output / NUMBERS).write_text(json.dumps(results, indent=1) + "\n")
-
-
-class _Progress:
-    """One line that is rewritten on a terminal; elsewhere a line for each case."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, label: str, detail: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[2K{label}: {detail}", end="", file=sys.stderr, flush=True)
-        elif label != self._last:
-            print(label, file=sys.stderr, flush=True)
-        self._last = label
-
-    def done(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ def case_table(result: dict[str, Any], *, timed: bool) -> Table:
         if timed:
             products = "-" if entry["products"] is None else f"{entry['products']:.2f}"
             extra = "-" if entry["extra_bytes"] is None else si_bytes(entry["extra_bytes"])
-            time = [*_spread(entry["seconds"]), _ratio(entry["times_eager"]), _ratio(entry["times_floor"]), extra]
+            time = [*spread(entry["seconds"]), ratio(entry["times_eager"]), ratio(entry["times_floor"]), extra]
             cells = [*time, *cells, products]
         rows.append([entry["name"], *cells])
     limits = [_error(result["tolerance"][field]) for field in ("logps", "grad_hidden", "grad_weight")]
@@ -74,9 +74,9 @@ def case_table(result: dict[str, Any], *, timed: bool) -> Table:
     floor = result["floor_seconds"]
     if floor is not None:
         eager = result["eager_seconds"]
-        ratio = _ratio(None if eager is None else floor["median"] / eager)
+        over_eager = ratio(None if eager is None else floor["median"] / eager)
         name = f"{result['floor_products']} bare product{'s' if result['floor_products'] > 1 else ''}"
-        rows.append([name, *_spread(floor), ratio, "1.00", "-", "-", "-", "-", f"{result['floor_products']:.2f}"])
+        rows.append([name, *spread(floor), over_eager, "1.00", "-", "-", "-", "-", f"{result['floor_products']:.2f}"])
         if result["combined_floor_seconds"] is not None:
             combined = result["combined_floor_seconds"]
             over = f"{combined / floor['median']:.2f}"
@@ -95,7 +95,7 @@ def pieces_table(pieces: Sequence[dict[str, Any]], copy: float | None) -> Table:
         bandwidth = piece["unit"] == "B/s"
         rate = f"{piece['rate'] / 1e9:.0f} GB/s" if bandwidth else f"{piece['rate'] / 1e12:.1f} TFLOP/s"
         share = "-" if piece["share_of_copy"] is None else f"{100 * piece['share_of_copy']:.0f} %"
-        rows.append([piece["name"], piece["shape"], *_spread(piece["seconds"]), rate, share, _error(piece["error"])])
+        rows.append([piece["name"], piece["shape"], *spread(piece["seconds"]), rate, share, _error(piece["error"])])
     return Table(title, ["piece", "shape", "time", "spread", "rate", "of copy", "error"], rows)
 
 
@@ -113,14 +113,14 @@ def si_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _spread(seconds: dict[str, Any]) -> tuple[str, str]:
+def spread(seconds: dict[str, Any]) -> tuple[str, str]:
     """The median, and how far the extremes lie from it in percent."""
     median = seconds["median"]
     below, above = 100 * (1 - seconds["low"] / median), 100 * (seconds["high"] / median - 1)
     return si_seconds(median), f"-{below:.0f} +{above:.0f} %"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -117,7 +117,7 @@ def number(
     open_high: bool = False,
 ) -> float:
     """A finite real number in an interval, as float; a bool is not a number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         fail_type(where, f"{name} must be a number, got {describe(value)}")
     real = float(value)
     below = real <= low if open_low else real < low

@@ -28,12 +28,14 @@ def gae(
     gamma: float,
     lam: float,
     masked: Literal["skip", "zero", "none"],
+    exact: bool = False,
+    moments: bool = False,
     terminated: NDArray[uint8] | None = None,
     mask: NDArray[uint8] | None = None,
     bootstrap: NDArray[float32] | NDArray[float64] | None = None,
     cu_seqlens: NDArray[int64] | None = None,
     threads: int = 1,
-) -> None: ...
+) -> tuple[int, float, float] | None: ...
 def discounted_returns(
     rewards: NDArray[float32] | NDArray[float64],
     returns: NDArray[float32] | NDArray[float64],

@@ -5,16 +5,26 @@
 //! A_t     = delta_t + gamma lam (1 - done_t) A_{t+1}          returns_t = A_t + V_t
 //! ```
 //!
-//! Sums run in float64 and are rounded once when they are stored. A termination selects rather than multiplies: whatever
-//! follows it, NaN included, has no effect.
+//! Cell by cell, sums run in float64 and are rounded once when they are stored; `scan` is the faster form for float32. A
+//! termination selects rather than multiplies: whatever follows it, NaN included, has no effect.
 
+use std::mem;
+use std::ops::Range;
+
+use crate::moments::Moments;
 use crate::rows::{Rows, share, worthwhile_threads};
+pub use crate::scan::Input;
+use crate::scan::{Run, Scan, State};
 
 /// float32 or float64.
 pub trait Real: Copy + Send + Sync {
     const ZERO: Self;
     fn widen(self) -> f64;
     fn narrow(wide: f64) -> Self;
+    /// Runs the last cells in vector registers, where they can be; returns how many at the start are left.
+    fn scan(_scan: &Scan, run: Run<'_, '_, Self>, _state: &mut State) -> usize {
+        run.advantages.len()
+    }
 }
 
 impl Real for f32 {
@@ -24,6 +34,9 @@ impl Real for f32 {
     }
     fn narrow(wide: f64) -> Self {
         wide as f32
+    }
+    fn scan(scan: &Scan, run: Run<'_, '_, f32>, state: &mut State) -> usize {
+        scan.run(run, state)
     }
 }
 
@@ -35,14 +48,6 @@ impl Real for f64 {
     fn narrow(wide: f64) -> Self {
         wide
     }
-}
-
-/// Rewards or values: memory of their own, or one of the two outputs, which is then overwritten in place.
-#[derive(Clone, Copy)]
-pub enum Input<'a, T> {
-    Separate(&'a [T]),
-    Advantages,
-    Returns,
 }
 
 /// What the recursion does at a masked cell. The outputs there are 0 in every case.
@@ -67,6 +72,8 @@ pub struct Gae<'a, T> {
     pub gamma: f64,
     pub lam: f64,
     pub masked: Masked,
+    /// None: cell by cell.
+    pub scan: Option<Scan>,
 }
 
 struct Part<'o, T> {
@@ -74,11 +81,35 @@ struct Part<'o, T> {
     start: usize,
     advantages: &'o mut [T],
     returns: &'o mut [T],
+    moments: &'o mut [Moments],
 }
 
 impl<T: Real> Gae<'_, T> {
     /// Fills `advantages` and `returns`, one element for each cell of `rows`.
     pub fn run(&self, advantages: &mut [T], returns: &mut [T], threads: usize) {
+        self.parts(advantages, returns, &mut [], threads);
+    }
+
+    /// As `run`; also the moments of the scored advantages, taken row by row while they are in cache.
+    pub fn run_with_moments(
+        &self,
+        advantages: &mut [T],
+        returns: &mut [T],
+        threads: usize,
+    ) -> Moments {
+        let mut found = vec![Moments::NONE; self.rows.len()];
+        self.parts(advantages, returns, &mut found, threads);
+        found.into_iter().fold(Moments::NONE, Moments::merge)
+    }
+
+    /// `moments` has one element for each row, or none.
+    fn parts(
+        &self,
+        advantages: &mut [T],
+        returns: &mut [T],
+        mut moments: &mut [Moments],
+        threads: usize,
+    ) {
         let bytes = 4 * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();
@@ -87,68 +118,165 @@ impl<T: Real> Gae<'_, T> {
             let end = self.rows.range(rows.end - 1).end;
             let (first, rest) = advantages.split_at_mut(end - start);
             let (second, remainder) = returns.split_at_mut(end - start);
+            let wanted = rows.len().min(moments.len());
+            let (found, others) = mem::take(&mut moments).split_at_mut(wanted);
             parts.push(Part {
                 rows,
                 start,
                 advantages: first,
                 returns: second,
+                moments: found,
             });
-            (advantages, returns, start) = (rest, remainder, end);
+            (advantages, returns, moments, start) = (rest, remainder, others, end);
         }
         share(parts, threads, |part| {
-            for row in part.rows {
+            for (index, row) in part.rows.enumerate() {
                 let cells = self.rows.range(row);
                 let local = cells.start - part.start..cells.end - part.start;
                 self.row(
                     row,
                     cells.start,
                     &mut part.advantages[local.clone()],
-                    &mut part.returns[local],
+                    &mut part.returns[local.clone()],
                 );
+                if let Some(found) = part.moments.get_mut(index) {
+                    let mask = self.mask.map(|mask| &mask[cells]);
+                    *found = Moments::of_row(&part.advantages[local], mask);
+                }
             }
         });
     }
 
     fn row(&self, row: usize, start: usize, advantages: &mut [T], returns: &mut [T]) {
-        let decay = self.gamma * self.lam;
-        let mut next_value = self.bootstrap.map_or(0.0, |values| values[row].widen());
-        let mut next_advantage = 0.0;
-        for t in (0..advantages.len()).rev() {
-            let cell = start + t;
-            let scored = self.mask.is_none_or(|mask| mask[cell] != 0);
-            if !scored && self.masked == Masked::Skip {
-                (advantages[t], returns[t]) = (T::ZERO, T::ZERO);
+        let cells = start..start + advantages.len();
+        let mask = self.mask.map(|mask| &mask[cells.clone()]);
+        let mut scored = Runs::new(
+            mask.filter(|_| self.masked != Masked::Read),
+            true,
+            cells.len(),
+        );
+        let terminated = self.terminated.map(|terminated| &terminated[cells]);
+        let mut terminated = Runs::new(terminated, false, advantages.len());
+        let mut state = State {
+            value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
+            advantage: 0.0,
+        };
+        let mut end = advantages.len();
+        while end > 0 {
+            let (is_scored, first) = scored.ending_at(end);
+            if !is_scored {
+                self.hidden(end - first, &mut state);
+                advantages[first..end].fill(T::ZERO);
+                returns[first..end].fill(T::ZERO);
+                end = first;
                 continue;
             }
-            let (reward, value, done) = if scored || self.masked == Masked::Read {
-                let read = |input: &Input<'_, T>| match input {
-                    Input::Separate(given) => given[cell],
-                    Input::Advantages => advantages[t],
-                    Input::Returns => returns[t],
-                };
-                let done = self
-                    .terminated
-                    .is_some_and(|terminated| terminated[cell] != 0);
-                (
-                    read(&self.rewards).widen(),
-                    read(&self.values).widen(),
-                    done,
-                )
+            let (is_terminated, from) = terminated.ending_at(end);
+            let run = if is_terminated {
+                end - 1
             } else {
-                (0.0, 0.0, false)
+                first.max(from)
+            }..end;
+            end = run.start;
+            let inside = start + run.start..start + run.end;
+            let run = Run {
+                rewards: part(self.rewards, inside.clone()),
+                values: part(self.values, inside),
+                advantages: &mut advantages[run.clone()],
+                returns: &mut returns[run],
             };
-            next_advantage = if done {
-                reward - value
-            } else {
-                reward + self.gamma * next_value - value + decay * next_advantage
-            };
-            next_value = value;
-            (advantages[t], returns[t]) = if scored {
-                (T::narrow(next_advantage), T::narrow(next_advantage + value))
-            } else {
-                (T::ZERO, T::ZERO)
+            self.scored(run, is_terminated, &mut state);
+        }
+        if let (Masked::Read, Some(mask)) = (self.masked, mask) {
+            for (t, _) in mask.iter().enumerate().filter(|(_, flag)| **flag == 0) {
+                (advantages[t], returns[t]) = (T::ZERO, T::ZERO);
+            }
+        }
+    }
+
+    /// Masked cells whose inputs are not read.
+    fn hidden(&self, cells: usize, state: &mut State) {
+        if self.masked == Masked::Zero {
+            for _ in 0..cells {
+                state.step(0.0, 0.0, self.gamma, self.gamma * self.lam);
+            }
+        }
+    }
+
+    /// Cells that the recursion reads; a termination is a run of its own.
+    fn scored(&self, mut run: Run<'_, '_, T>, terminated: bool, state: &mut State) {
+        let decay = self.gamma * self.lam;
+        if terminated {
+            *state = State {
+                value: 0.0,
+                advantage: 0.0,
             };
         }
+        let left = match &self.scan {
+            Some(scan) if !terminated => T::scan(scan, run.reborrow(), state),
+            _ => run.advantages.len(),
+        };
+        for t in (0..left).rev() {
+            let read = |input: &Input<'_, T>| match input {
+                Input::Separate(given) => given[t],
+                Input::Advantages => run.advantages[t],
+                Input::Returns => run.returns[t],
+            };
+            let (reward, value) = (read(&run.rewards).widen(), read(&run.values).widen());
+            state.step(reward, value, self.gamma, decay);
+            run.advantages[t] = T::narrow(state.advantage);
+            run.returns[t] = T::narrow(state.advantage + value);
+        }
+    }
+}
+
+impl State {
+    fn step(&mut self, reward: f64, value: f64, gamma: f64, decay: f64) {
+        self.advantage = reward + gamma * self.value - value + decay * self.advantage;
+        self.value = value;
+    }
+}
+
+fn part<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {
+    match input {
+        Input::Separate(given) => Input::Separate(&given[cells]),
+        in_place => in_place,
+    }
+}
+
+/// Runs of equal flags, found from the end of a row.
+struct Runs<'a> {
+    flags: Option<&'a [u8]>,
+    set: bool,
+    start: usize,
+}
+
+impl<'a> Runs<'a> {
+    /// Without flags, every cell is `otherwise`.
+    fn new(flags: Option<&'a [u8]>, otherwise: bool, cells: usize) -> Self {
+        Runs {
+            flags,
+            set: otherwise,
+            start: if flags.is_some() { cells } else { 0 },
+        }
+    }
+
+    /// Whether the cell before `end` is set, and where the run that it ends begins; `end` never grows and is above 0.
+    fn ending_at(&mut self, end: usize) -> (bool, usize) {
+        if let Some(flags) = self.flags
+            && end <= self.start
+        {
+            self.set = flags[end - 1] != 0;
+            self.start = end - 1;
+            let eight = if self.set { [1; 8] } else { [0; 8] };
+            while self.start >= 8 && flags[self.start - 8..self.start] == eight {
+                self.start -= 8;
+            }
+            while self.start > 0 && (flags[self.start - 1] != 0) == self.set {
+                self.start -= 1;
+            }
+        }
+        (self.set, self.start)
     }
 }
 
@@ -167,6 +295,7 @@ mod tests {
             gamma: 0.5,
             lam: 0.5,
             masked: Masked::Skip,
+            scan: None,
         }
     }
 

@@ -12,6 +12,7 @@ mod penalty;
 mod python;
 mod returns;
 mod rows;
+mod scan;
 
 use pyo3::prelude::*;
 

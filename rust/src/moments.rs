@@ -1,8 +1,9 @@
-//! Count, mean and sum of squared deviations of the scored cells, in float64: two passes over blocks that stay in cache,
-//! merged by Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
+//! Count, mean and sum of squared deviations of the scored cells, in float64, of blocks that stay in cache, merged by
+//! Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
 
 use crate::gae::Real;
 use crate::rows::{share, worthwhile_threads};
+use crate::scan::widest;
 
 const BLOCK: usize = 1 << 12;
 /// Independent sums, which the compiler keeps in vector registers.
@@ -18,7 +19,7 @@ pub struct Moments {
 }
 
 impl Moments {
-    const NONE: Moments = Moments {
+    pub const NONE: Moments = Moments {
         count: 0,
         mean: 0.0,
         m2: 0.0,
@@ -34,16 +35,27 @@ impl Moments {
             .collect();
         let threads = worthwhile_threads(size_of_val(x), threads);
         share(parts, threads, |((found, cells), start)| {
-            for (block, (found, cells)) in found.iter_mut().zip(cells.chunks(BLOCK)).enumerate() {
-                let first = start + block * BLOCK;
-                let mask = mask.map_or(&ALL[..cells.len()], |mask| &mask[first..][..cells.len()]);
-                *found = Self::block(cells, mask);
+            let mask = mask.map(|mask| &mask[start..][..cells.len()]);
+            for (found, block) in found.iter_mut().zip(Self::blocks(cells, mask)) {
+                *found = block;
             }
         });
         blocks.into_iter().fold(Self::NONE, Self::merge)
     }
 
-    fn merge(self, other: Self) -> Self {
+    /// As `of`, for cells that are in cache.
+    pub fn of_row<T: Real>(x: &[T], mask: Option<&[u8]>) -> Self {
+        Self::blocks(x, mask).fold(Self::NONE, Self::merge)
+    }
+
+    fn blocks<T: Real>(x: &[T], mask: Option<&[u8]>) -> impl Iterator<Item = Self> {
+        x.chunks(BLOCK).enumerate().map(move |(block, cells)| {
+            let mask = mask.map(|mask| &mask[block * BLOCK..][..cells.len()]);
+            widest(|| Self::block(cells, mask.unwrap_or(&ALL[..cells.len()])))
+        })
+    }
+
+    pub fn merge(self, other: Self) -> Self {
         if self.count == 0 || other.count == 0 {
             return if self.count == 0 { other } else { self };
         }
@@ -63,12 +75,16 @@ impl Moments {
             return Self::NONE;
         }
         let n = count as f64;
-        let rough = sums(cells, mask, 0.0).0 / n;
-        // What rounding left of the mean's error is the mean of the deviations from it.
-        let (first, second) = sums(cells, mask, rough);
+        // Any scored cell would do to measure from: the more the sum of squares exceeds that of the deviations from the
+        // mean, the larger is that cell's own share of the latter. A float64 mean is to be right to the last digit.
+        let center = match mask.iter().position(|&flag| flag != 0) {
+            Some(first) if size_of::<T>() < size_of::<f64>() => cells[first].widen(),
+            _ => sums(cells, mask, 0.0).0 / n,
+        };
+        let (first, second) = sums(cells, mask, center);
         Moments {
             count,
-            mean: rough + first / n,
+            mean: center + first / n,
             m2: (second - first * first / n).max(0.0),
         }
     }
@@ -99,30 +115,34 @@ fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
     (first.iter().sum(), second.iter().sum())
 }
 
-/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere.
+/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself.
 pub fn standardise<T: Real>(
-    x: &[T],
+    x: Option<&[T]>,
     mask: Option<&[u8]>,
-    [center, scale, shift]: [f64; 3],
+    line: [f64; 3],
     out: &mut [T],
     threads: usize,
 ) {
-    let threads = worthwhile_threads(2 * size_of_val(x), threads);
-    let parts: Vec<_> = x
-        .chunks(BLOCK * BLOCKS_PER_TASK)
-        .zip(out.chunks_mut(BLOCK * BLOCKS_PER_TASK))
-        .zip((0..).step_by(BLOCK * BLOCKS_PER_TASK))
-        .collect();
-    share(parts, threads, |((cells, out), start)| {
-        for (block, (cells, out)) in cells.chunks(BLOCK).zip(out.chunks_mut(BLOCK)).enumerate() {
-            let first = start + block * BLOCK;
-            let mask = mask.map_or(&ALL[..cells.len()], |mask| &mask[first..][..cells.len()]);
-            for ((&cell, &flag), out) in cells.iter().zip(mask).zip(out) {
-                let value = (cell.widen() - center) * scale + shift;
-                *out = T::narrow(if flag != 0 { value } else { 0.0 });
+    const TASK: usize = BLOCK * BLOCKS_PER_TASK;
+    let threads = worthwhile_threads(2 * size_of_val(out), threads);
+    let parts: Vec<_> = out.chunks_mut(TASK).zip((0..).step_by(TASK)).collect();
+    share(parts, threads, |(out, start)| {
+        for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+            let inside = start + block * BLOCK..start + block * BLOCK + out.len();
+            let mask = mask.map_or(&ALL[..out.len()], |mask| &mask[inside.clone()]);
+            if let Some(x) = x {
+                out.copy_from_slice(&x[inside]);
             }
+            widest(|| standardise_block(out, mask, line));
         }
     });
+}
+
+fn standardise_block<T: Real>(cells: &mut [T], mask: &[u8], [center, scale, shift]: [f64; 3]) {
+    for (cell, &flag) in cells.iter_mut().zip(mask) {
+        let value = (cell.widen() - center) * scale + shift;
+        *cell = T::narrow(if flag != 0 { value } else { 0.0 });
+    }
 }
 
 #[cfg(test)]
@@ -167,7 +187,7 @@ mod tests {
     fn standardised() {
         let mut out = [9.0; 3];
         standardise(
-            &[1.0, f64::NAN, 5.0],
+            Some(&[1.0, f64::NAN, 5.0]),
             Some(&[1, 0, 1]),
             [3.0, 0.5, 10.0],
             &mut out,

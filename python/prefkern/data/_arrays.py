@@ -1,5 +1,6 @@
 """Arguments as numpy views, and the compiled module that reads them."""
 
+import functools
 import operator
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,10 @@ from prefkern import _check
 Array = npt.NDArray[Any]
 
 
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+@functools.cache
 def core() -> ModuleType:
     """The compiled module, loaded when it is first needed."""
     return _check.require(
@@ -64,12 +69,13 @@ def view(where: str, name: str, value: Any) -> Array:
         )
     if not isinstance(value, np.ndarray):
         _check.fail_type(where, f"{name} must be a numpy array or a torch tensor, got {describe(value)}")
-    return np.asarray(value)
+    return value if type(value) is np.ndarray else np.asarray(value)
 
 
 def packed(array: Array) -> Array:
     """C-contiguous and aligned, a copy only where the array is not."""
-    return np.require(array, requirements=["C", "A"])
+    layout = array.flags
+    return array if layout.c_contiguous and layout.aligned else np.require(array, requirements=["C", "A"])
 
 
 def flatten(where: str, name: str, rows: Any, total: int, *, integers: bool, nested: bool) -> Array:
@@ -98,14 +104,14 @@ def indices(where: str, name: str, value: Any) -> Array:
 
 def floats(where: str, name: str, array: Array) -> Array:
     """Contiguous float32 or float64."""
-    if array.dtype not in (np.float32, np.float64):
+    if array.dtype not in _FLOATS:
         _check.fail_type(where, f"{name} must be float32 or float64, got {describe(array)}")
     return packed(array)
 
 
 def flags(where: str, name: str, array: Array) -> Array:
     """bool, or integers 0 and 1, as contiguous uint8."""
-    if array.dtype == np.bool_:
+    if array.dtype.char == "?":
         return packed(array).view(np.uint8)
     if array.dtype.kind not in "iu":
         _check.fail_type(where, f"{name} must be bool or integers 0 and 1, got {describe(array)}")

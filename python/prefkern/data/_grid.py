@@ -51,6 +51,20 @@ class Grid(NamedTuple):
         """An output for the same cells."""
         return np.empty(self.cells.shape, self.cells.dtype)
 
+    def not_finite(self, cells: Array, flags: Array | None) -> str | None:
+        """The first number that is NaN or infinite where ``flags`` is set, and its place: ``nan at [2, 5]``."""
+        wrong = ~np.isfinite(cells)
+        if flags is not None:
+            wrong &= flags != 0
+        if not wrong.any():
+            return None
+        at = tuple(int(index) for index in np.argwhere(wrong)[0])
+        position = list(at)
+        if self.lists and self.offsets is not None:
+            row = int(np.searchsorted(self.offsets, at[0], side="right")) - 1
+            position = [row, at[0] - int(self.offsets[row])]
+        return f"{cells[at]} at {position}"
+
     def restore(self, cells: Array) -> Any:
         """An output as the kind of the argument."""
         if not self.lists or self.offsets is None:

@@ -1,11 +1,18 @@
 """Generalised advantage estimation on the CPU."""
 
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import numpy as np
 
 from prefkern import _check
 from prefkern.data._arrays import Array, core, threads, view
-from prefkern.data._grid import grid
-from prefkern.types import Advantages
+from prefkern.data._grid import Grid, grid
+from prefkern.data.moments import finite_stats, standardise
+from prefkern.types import Advantages, MaskedStats
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 WHERE = "data.gae"
 
@@ -22,6 +29,9 @@ def gae(
     masked: Literal["skip", "zero", "none"] = "skip",
     cu_seqlens: Any = None,
     out: tuple[Any, Any] | None = None,
+    whiten: bool = False,
+    group: "dist.ProcessGroup | None" = None,
+    exact: bool = False,
 ) -> Advantages:
     r"""Advantages and returns of each row, last position first.
 
@@ -31,7 +41,13 @@ def gae(
 
     ``rewards`` and ``values`` are float32 or float64 ``[B, T]``, or packed ``[N]`` with ``cu_seqlens [S + 1]``: numpy
     arrays or torch CPU tensors, read without a copy where they are contiguous. Lists of lists and Arrow list arrays of
-    unequal lengths are taken too. The result is of the kind of ``rewards``. Sums run in float64.
+    unequal lengths are taken too. The result is of the kind of ``rewards``.
+
+    float64 is summed cell by cell. float32 is scanned sixteen cells at a time in vector registers where the processor
+    has AVX2: each advantage is within ``2^-20`` of the sum of the absolute terms, ``sum_k (gamma lam)^k (|r| + gamma
+    |V'| + |V|)``, whatever the length of the row (the sums from one sixteen to the next run in float64), and threads,
+    other rows and padding change no digit. ``exact=True`` sums float32 cell by cell too, in float64, and rounds once:
+    the same digits on every processor, in about four times the time.
 
     ``terminated`` (bool or 0/1, shaped like ``rewards``): nothing after such a position, NaN included, has an effect on
     it. A truncation is not a termination: end the row there and give its ``bootstrap``.
@@ -50,11 +66,16 @@ def gae(
         [[-0.3125, 0.0, -5.0]]
         [[1.1875, 0.0, -5.0]]
 
+    ``whiten=True`` shifts and scales the scored advantages to mean 0 and variance 1, as `whiten` does; the returns are
+    those of the advantages before. Their statistics are taken while the rows are in cache; ``group`` takes them over
+    the ranks of a process group, all of which must call.
+
     ``out=(advantages, returns)``: contiguous arrays to write into, which spares the first touch of fresh memory. Each
-    may be exactly ``rewards`` or ``values``; any other overlap is refused.
+    may be exactly ``rewards`` or ``values``, unless ``whiten`` is set; any other overlap is refused.
 
     Raises ValueError or TypeError for shapes or dtypes that differ, values outside ``[0, 1]`` of ``gamma`` and ``lam``,
-    masks that are not 0 and 1, offsets that decrease, tensors on an accelerator or that require a gradient.
+    masks that are not 0 and 1, offsets that decrease, tensors on an accelerator or that require a gradient; with
+    ``whiten`` for advantages that are NaN or infinite (on every rank, where one has such).
     """
     gamma = _check.number(WHERE, "gamma", gamma, low=0.0, high=1.0)
     lam = _check.number(WHERE, "lam", lam, low=0.0, high=1.0)
@@ -64,7 +85,12 @@ def gae(
         _check.fail(WHERE, "out needs rewards that are a numpy array or a torch tensor")
     second = rows.like("values", values)
     targets = (rows.fresh(), rows.fresh()) if out is None else _outputs(out, rows.cells)
-    core().gae(
+    if group is not None and not whiten:
+        _check.fail(WHERE, "group is for whiten=True: nothing else is taken over ranks")
+    if whiten and out is not None and any(np.may_share_memory(a, b) for a in targets for b in (rows.cells, second)):
+        _check.fail(WHERE, "out must not be rewards or values with whiten=True: refused numbers would be lost")
+    scored = rows.flags("mask", mask)
+    found = core().gae(
         rows.cells,
         second,
         *targets,
@@ -72,14 +98,27 @@ def gae(
         lam=lam,
         masked=masked,
         terminated=rows.flags("terminated", terminated),
-        mask=rows.flags("mask", mask),
+        exact=bool(exact),
+        moments=bool(whiten),
+        mask=scored,
         bootstrap=None if bootstrap is None else rows.per_row("bootstrap", bootstrap),
         cu_seqlens=rows.offsets,
         threads=threads(),
     )
+    if whiten:
+        stats = finite_stats(rows, MaskedStats(*found), group, partial(_not_finite, rows, second, scored, masked))
+        standardise(rows, stats, targets[0], targets[0], scored)
     if out is not None:
         return Advantages(*out)
     return Advantages(*(rows.restore(target) for target in targets))
+
+
+def _not_finite(rows: Grid, values: Array, scored: Array | None, masked: str) -> NoReturn:
+    for name, cells in (("rewards", rows.cells), ("values", values)):
+        at = rows.not_finite(cells, None if masked == "none" else scored)
+        if at is not None:
+            _check.fail(WHERE, f"{name} must be finite where they are read to be whitened, got {at}")
+    _check.fail(WHERE, "advantages have a variance beyond float64, or those of another rank are not finite")
 
 
 def _outputs(out: Any, rewards: Array) -> tuple[Array, Array]:

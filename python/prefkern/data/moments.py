@@ -2,9 +2,9 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -58,23 +58,37 @@ def whiten(x: Any, *, mask: Any = None, keep_mean: bool = False, group: "dist.Pr
     where = "data.whiten"
     cells = any_shape(where, "x", x)
     flags = cells.flags("mask", mask)
-    stats = _stats(cells, flags)
-    if group is not None:
-        stats = _over_ranks(where, stats, group)
-    if not math.isfinite(stats.mean) or not math.isfinite(stats.m2):
-        _refuse(cells, flags)
+    stats = finite_stats(cells, _stats(cells, flags), group, functools.partial(_refuse, cells, flags))
     out = cells.fresh()
+    standardise(cells, stats, cells.cells, out, flags, shift=stats.mean if keep_mean else 0.0)
+    return cells.restore(out)
+
+
+def finite_stats(
+    cells: Grid, stats: MaskedStats, group: "dist.ProcessGroup | None", refuse: Callable[[], NoReturn]
+) -> MaskedStats:
+    """The statistics over all ranks of the group; ``refuse`` says what is not finite, where they are not."""
+    if group is not None:
+        stats = _over_ranks(cells.where, stats, group)
+    if not math.isfinite(stats.mean) or not math.isfinite(stats.m2):
+        refuse()
+    return stats
+
+
+def standardise(
+    cells: Grid, stats: MaskedStats, x: Array, out: Array, flags: Array | None, *, shift: float = 0.0
+) -> None:
+    """Fills ``out``, which may be ``x``, with the numbers at mean ``shift`` and variance 1."""
     core().standardise(
-        f"prefkern.{where}",
-        cells.cells,
+        f"prefkern.{cells.where}",
+        x,
         out,
         center=stats.mean,
         scale=1 / math.sqrt(stats.variance + VARIANCE_EPSILON),
-        shift=stats.mean if keep_mean else 0.0,
+        shift=shift,
         mask=flags,
         threads=threads(),
     )
-    return cells.restore(out)
 
 
 def _stats(cells: Grid, flags: Array | None) -> MaskedStats:
@@ -103,15 +117,7 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
 
 
 def _refuse(cells: Grid, flags: Array | None) -> NoReturn:
-    values = cells.cells
-    wrong = ~np.isfinite(values)
-    if flags is not None:
-        wrong &= flags != 0
-    if not wrong.any():
+    at = cells.not_finite(cells.cells, flags)
+    if at is None:
         _check.fail(cells.where, "x has a variance beyond float64, or another rank's x is not finite")
-    at = tuple(int(index) for index in np.argwhere(wrong)[0])
-    position = list(at)
-    if cells.lists and cells.offsets is not None:
-        row = int(np.searchsorted(cells.offsets, at[0], side="right")) - 1
-        position = [row, at[0] - int(cells.offsets[row])]
-    _check.fail(cells.where, f"x must be finite where it is scored, got {values[at]} at {position}; mask it")
+    _check.fail(cells.where, f"x must be finite where it is scored, got {at}; mask it")

@@ -6,6 +6,10 @@ use pyo3::prelude::*;
 use super::{Array, shapes};
 use crate::buffer::{Call, Dtype, Reader, Source, Writer};
 use crate::gae::{Gae, Input, Masked, Real};
+use crate::scan::Scan;
+
+/// Number, mean and sum of squared deviations of the scored advantages.
+type Found = (usize, f64, f64);
 
 /// What `gae` was called with, before the element type is known.
 struct Arguments<'a, 'py> {
@@ -18,12 +22,16 @@ struct Arguments<'a, 'py> {
     gamma: f64,
     lam: f64,
     masked: Masked,
+    exact: bool,
+    moments: bool,
     threads: usize,
 }
 
-/// Fills `advantages` and `returns`; float32 or float64, [B, T], or [N] with `cu_seqlens`; flags are uint8.
+/// Fills `advantages` and `returns`; float32 or float64, [B, T], or [N] with `cu_seqlens`; flags are uint8. `exact`:
+/// cell by cell in float64, also where float32 could be scanned in vector registers.
+/// `moments`: returns those of the scored advantages.
 #[pyfunction]
-#[pyo3(signature = (rewards, values, advantages, returns, *, gamma, lam, masked, terminated=None, mask=None, bootstrap=None, cu_seqlens=None, threads=1))]
+#[pyo3(signature = (rewards, values, advantages, returns, *, gamma, lam, masked, exact=false, moments=false, terminated=None, mask=None, bootstrap=None, cu_seqlens=None, threads=1))]
 #[expect(clippy::too_many_arguments)]
 pub fn gae(
     py: Python<'_>,
@@ -34,12 +42,14 @@ pub fn gae(
     gamma: f64,
     lam: f64,
     masked: &str,
+    exact: bool,
+    moments: bool,
     terminated: Option<Array<'_, '_>>,
     mask: Option<Array<'_, '_>>,
     bootstrap: Option<Array<'_, '_>>,
     cu_seqlens: Option<Array<'_, '_>>,
     threads: usize,
-) -> PyResult<()> {
+) -> PyResult<Option<Found>> {
     let call = Call::new("prefkern.data.gae");
     let masked = shapes::masked(&call, masked)?;
     let arguments = Arguments {
@@ -52,6 +62,8 @@ pub fn gae(
         gamma,
         lam,
         masked,
+        exact,
+        moments,
         threads,
     };
     if PyUntypedBuffer::get(rewards).is_ok_and(|buffer| buffer.item_size() == 8) {
@@ -65,7 +77,7 @@ fn typed<T: Dtype + Real>(
     py: Python<'_>,
     mut call: Call,
     given: Arguments<'_, '_>,
-) -> PyResult<()> {
+) -> PyResult<Option<Found>> {
     let mut advantages: Writer<T> = call.write("out[0]", given.outputs[0])?;
     let mut returns: Writer<T> = call.write("out[1]", given.outputs[1])?;
     let outputs = [&advantages, &returns];
@@ -94,10 +106,21 @@ fn typed<T: Dtype + Real>(
         gamma: given.gamma,
         lam: given.lam,
         masked: given.masked,
+        scan: if given.exact {
+            None
+        } else {
+            Scan::new(given.gamma, given.gamma * given.lam)
+        },
     };
     let (advantages, returns) = (advantages.slice_mut(), returns.slice_mut());
-    py.detach(|| problem.run(advantages, returns, given.threads));
-    Ok(())
+    py.detach(|| {
+        if !given.moments {
+            problem.run(advantages, returns, given.threads);
+            return Ok(None);
+        }
+        let found = problem.run_with_moments(advantages, returns, given.threads);
+        Ok(Some((found.count, found.mean, found.m2)))
+    })
 }
 
 fn input<T: Dtype>(source: &Source<T>) -> Input<'_, T> {

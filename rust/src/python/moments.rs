@@ -4,7 +4,7 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer};
+use crate::buffer::{Call, Dtype, Reader, Source, Writer};
 use crate::gae::Real;
 use crate::moments::{self, Moments};
 
@@ -43,7 +43,8 @@ fn typed_moments<T: Dtype + Real>(
     Ok(py.detach(|| Moments::of(x, mask, threads)))
 }
 
-/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64.
+/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64. `out` may
+/// be `x`.
 #[pyfunction]
 #[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, threads=1))]
 #[expect(clippy::too_many_arguments)]
@@ -74,11 +75,15 @@ fn typed_standardise<T: Dtype + Real>(
     line: [f64; 3],
     threads: usize,
 ) -> PyResult<()> {
-    let x: Reader<T> = call.read("x", x)?;
     let mut out: Writer<T> = call.write("out", out)?;
-    shapes::same_shape(&call, ("x", x.shape()), ("out", out.shape()))?;
-    let mask = shapes::flags(&mut call, "mask", mask, ("x", x.shape()))?;
-    let (x, mask, out) = (x.slice(), mask.as_ref().map(Reader::slice), out.slice_mut());
+    let x: Source<T> = call.read_in_place("x", x, &[&out])?;
+    shapes::same_shape(&call, ("x", x.shape(&[&out])), ("out", out.shape()))?;
+    let mask = shapes::flags(&mut call, "mask", mask, ("x", x.shape(&[&out])))?;
+    let x = match &x {
+        Source::Separate(x) => Some(x.slice()),
+        Source::Output(_) => None,
+    };
+    let (mask, out) = (mask.as_ref().map(Reader::slice), out.slice_mut());
     py.detach(|| moments::standardise(x, mask, line, out, threads));
     Ok(())
 }

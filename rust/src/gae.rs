@@ -14,7 +14,7 @@ use std::ops::Range;
 use crate::moments::Moments;
 use crate::rows::{Rows, share, worthwhile_threads};
 pub use crate::scan::Input;
-use crate::scan::{Run, Scan, State};
+use crate::scan::{self, Run, Scan, State, Sums};
 
 /// float32 or float64.
 pub trait Real: Copy + Send + Sync {
@@ -24,6 +24,10 @@ pub trait Real: Copy + Send + Sync {
     /// Runs the last cells in vector registers, where they can be; returns how many at the start are left.
     fn scan(_scan: &Scan, run: Run<'_, '_, Self>, _state: &mut State) -> usize {
         run.advantages.len()
+    }
+    /// `scan::sums`, where there is one for this type; whether there was.
+    fn sums(_cells: &[Self], _mask: &[u8], _center: f64, _sums: &mut Sums) -> bool {
+        false
     }
 }
 
@@ -37,6 +41,9 @@ impl Real for f32 {
     }
     fn scan(scan: &Scan, run: Run<'_, '_, f32>, state: &mut State) -> usize {
         scan.run(run, state)
+    }
+    fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
+        scan::sums(cells, mask, center, sums)
     }
 }
 
@@ -130,7 +137,8 @@ impl<T: Real> Gae<'_, T> {
             (advantages, returns, moments, start) = (rest, remainder, others, end);
         }
         share(parts, threads, |part| {
-            for (index, row) in part.rows.enumerate() {
+            // Last row first: memory is then passed in one direction, which the prefetchers follow (short rows: 3 x).
+            for (index, row) in part.rows.enumerate().rev() {
                 let cells = self.rows.range(row);
                 let local = cells.start - part.start..cells.end - part.start;
                 self.row(
@@ -267,17 +275,28 @@ impl<'a> Runs<'a> {
             && end <= self.start
         {
             self.set = flags[end - 1] != 0;
-            self.start = end - 1;
-            let eight = if self.set { [1; 8] } else { [0; 8] };
-            while self.start >= 8 && flags[self.start - 8..self.start] == eight {
-                self.start -= 8;
-            }
-            while self.start > 0 && (flags[self.start - 1] != 0) == self.set {
-                self.start -= 1;
-            }
+            self.start = equal_from(&flags[..end], self.set);
         }
         (self.set, self.start)
     }
+}
+
+/// Where the last flags that are all `set` begin.
+fn equal_from(flags: &[u8], set: bool) -> usize {
+    const LOW: u64 = u64::MAX / 255 * 0x7f;
+    let wanted = if set { !LOW } else { 0 };
+    let (rest, eights) = flags.as_rchunks::<8>();
+    for (index, eight) in eights.iter().enumerate().rev() {
+        let word = u64::from_le_bytes(*eight);
+        // The highest bit of every byte that is not 0.
+        let found = (((word & LOW) + LOW) | word) & !LOW;
+        let equal = (found ^ wanted).leading_zeros() as usize / 8;
+        if equal < 8 {
+            return rest.len() + 8 * (index + 1) - equal;
+        }
+    }
+    let equal = rest.iter().rev().take_while(|&&flag| (flag != 0) == set);
+    rest.len() - equal.count()
 }
 
 #[cfg(test)]
@@ -375,6 +394,26 @@ mod tests {
             }
             gae.run(&mut first, &mut second, 1);
             assert_eq!((first, second), expected);
+        }
+    }
+
+    #[test]
+    fn runs_of_flags() {
+        for length in 0..40 {
+            for border in 0..=length {
+                for (before, after) in [(0, 1), (0, 255), (2, 0), (128, 0)] {
+                    let mut flags = vec![before; border];
+                    flags.resize(length, after);
+                    let expected = if border == length && length > 0 {
+                        0
+                    } else {
+                        border
+                    };
+                    let set = flags.last().is_some_and(|&flag| flag != 0);
+                    assert_eq!(equal_from(&flags, set), expected, "{flags:?}");
+                    assert_eq!(equal_from(&flags, !set), length);
+                }
+            }
         }
     }
 

@@ -3,11 +3,9 @@
 
 use crate::gae::Real;
 use crate::rows::{share, worthwhile_threads};
-use crate::scan::widest;
+use crate::scan::{LANES, Sums, widest};
 
 const BLOCK: usize = 1 << 12;
-/// Independent sums, which the compiler keeps in vector registers.
-const LANES: usize = 16;
 const BLOCKS_PER_TASK: usize = 16;
 static ALL: [u8; BLOCK] = [1; BLOCK];
 
@@ -51,7 +49,7 @@ impl Moments {
     fn blocks<T: Real>(x: &[T], mask: Option<&[u8]>) -> impl Iterator<Item = Self> {
         x.chunks(BLOCK).enumerate().map(move |(block, cells)| {
             let mask = mask.map(|mask| &mask[block * BLOCK..][..cells.len()]);
-            widest(|| Self::block(cells, mask.unwrap_or(&ALL[..cells.len()])))
+            Self::block(cells, mask.unwrap_or(&ALL[..cells.len()]))
         })
     }
 
@@ -70,7 +68,7 @@ impl Moments {
     }
 
     fn block<T: Real>(cells: &[T], mask: &[u8]) -> Self {
-        let count = mask.iter().map(|&flag| usize::from(flag != 0)).sum();
+        let count = scored(mask);
         if count == 0 {
             return Self::NONE;
         }
@@ -92,8 +90,20 @@ impl Moments {
 
 /// The sums of the scored cells' deviations from `center`, and of their squares.
 fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
-    let (mut first, mut second) = ([0.0; LANES], [0.0; LANES]);
-    let mut add = |lane: usize, cell: T, flag: u8| {
+    let mut lanes = [[0.0; LANES]; 2];
+    let (whole, rest) = cells.split_at(cells.len() - cells.len() % LANES);
+    let (flags, rest_flags) = mask.split_at(whole.len());
+    add(rest, rest_flags, center, &mut lanes);
+    if !T::sums(whole, flags, center, &mut lanes) {
+        for (cells, flags) in whole.chunks_exact(LANES).zip(flags.chunks_exact(LANES)) {
+            add(cells, flags, center, &mut lanes);
+        }
+    }
+    (lanes[0].iter().sum(), lanes[1].iter().sum())
+}
+
+fn add<T: Real>(cells: &[T], mask: &[u8], center: f64, [first, second]: &mut Sums) {
+    for (lane, (cell, &flag)) in cells.iter().zip(mask).enumerate() {
         let deviation = if flag != 0 {
             cell.widen() - center
         } else {
@@ -101,18 +111,14 @@ fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
         };
         first[lane] += deviation;
         second[lane] += deviation * deviation;
-    };
-    let (cells, flags) = (cells.chunks_exact(LANES), mask.chunks_exact(LANES));
-    let rest = cells.remainder().iter().zip(flags.remainder());
-    for (lane, (&cell, &flag)) in rest.enumerate() {
-        add(lane, cell, flag);
     }
-    for (cells, flags) in cells.zip(flags) {
-        for lane in 0..LANES {
-            add(lane, cells[lane], flags[lane]);
-        }
-    }
-    (first.iter().sum(), second.iter().sum())
+}
+
+fn scored(mask: &[u8]) -> usize {
+    let few = mask
+        .chunks(128)
+        .map(|flags| flags.iter().map(|&flag| u8::from(flag != 0)).sum::<u8>());
+    few.map(usize::from).sum()
 }
 
 /// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself.
@@ -138,6 +144,7 @@ pub fn standardise<T: Real>(
     });
 }
 
+#[inline(always)] // into the function that is compiled with wider registers
 fn standardise_block<T: Real>(cells: &mut [T], mask: &[u8], [center, scale, shift]: [f64; 3]) {
     for (cell, &flag) in cells.iter_mut().zip(mask) {
         let value = (cell.widen() - center) * scale + shift;
@@ -148,6 +155,23 @@ fn standardise_block<T: Real>(cells: &mut [T], mask: &[u8], [center, scale, shif
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scan;
+
+    #[test]
+    fn vector_registers_change_no_bit() {
+        let cells: Vec<f32> = (0..4096).map(|cell| (cell as f32).sin() + 0.3).collect();
+        let mask: Vec<u8> = (0..4096).map(|cell| (cell % 7) as u8).collect();
+        for center in [0.0, 0.3, f64::from(cells[5])] {
+            let (mut fast, mut slow) = ([[0.5; LANES]; 2], [[0.5; LANES]; 2]);
+            if !scan::sums(&cells, &mask, center, &mut fast) {
+                return;
+            }
+            for (cells, flags) in cells.chunks(LANES).zip(mask.chunks(LANES)) {
+                add(cells, flags, center, &mut slow);
+            }
+            assert_eq!(fast, slow);
+        }
+    }
 
     #[test]
     fn by_hand() {

@@ -22,7 +22,7 @@ impl<T: Real> Discounted<'_, T> {
     pub fn run(&self, returns: &mut [T], threads: usize) {
         let threads = worthwhile_threads(2 * std::mem::size_of_val(returns), threads);
         share(self.rows.split(returns, threads), threads, |part| {
-            for (row, cells) in part {
+            for (row, cells) in part.into_iter().rev() {
                 self.row(row, self.rows.range(row).start, cells);
             }
         });

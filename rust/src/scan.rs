@@ -89,6 +89,23 @@ pub fn widest<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Accumulators of `sums`.
+pub const LANES: usize = 16;
+pub type Sums = [[f64; LANES]; 2];
+
+/// Adds to each lane the deviations of its cells from `center`, where the mask is not 0, and their squares; the cells are
+/// whole rows of lanes. Bit for bit what the loop over cells gives.
+pub fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if available() {
+        // SAFETY: the instructions were detected.
+        unsafe { x86::sums(cells, mask, center, sums) };
+        return true;
+    }
+    let _ = (cells, mask, center, sums);
+    false
+}
+
 impl Scan {
     /// None where this processor lacks the instructions.
     pub fn new(gamma: f64, decay: f64) -> Option<Self> {
@@ -121,10 +138,10 @@ impl Scan {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Input, Run, State};
+    use super::{Input, LANES, Run, State, Sums};
 
-    const LANES: usize = 8;
-    type Lanes = [f32; LANES];
+    const WIDTH: usize = 8;
+    type Lanes = [f32; WIDTH];
 
     /// Powers of the decay, narrowed from float64.
     #[derive(Clone, Copy)]
@@ -148,9 +165,9 @@ mod x86 {
                 first: power(1),
                 second: power(2),
                 across: std::array::from_fn(|lane| if lane < 4 { power(4 - lane) } else { 0.0 }),
-                near: std::array::from_fn(|lane| power(LANES - lane)),
-                far: std::array::from_fn(|lane| power(2 * LANES - lane)),
-                step: decay.powi(2 * LANES as i32),
+                near: std::array::from_fn(|lane| power(WIDTH - lane)),
+                far: std::array::from_fn(|lane| power(2 * WIDTH - lane)),
+                step: decay.powi(2 * WIDTH as i32),
             }
         }
     }
@@ -207,6 +224,52 @@ mod x86 {
         }
     }
 
+    /// No product is fused with its sum, so that the loop over cells gives the same.
+    #[target_feature(enable = "avx2,fma")]
+    pub fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) {
+        let center = _mm256_set1_pd(center);
+        let [mut first, mut second] = [[_mm256_setzero_pd(); 4]; 2];
+        for quarter in 0..4 {
+            first[quarter] = load_wide(&sums[0], quarter);
+            second[quarter] = load_wide(&sums[1], quarter);
+        }
+        let cells = cells.as_chunks::<4>().0.as_chunks::<4>().0;
+        let mask = mask.as_chunks::<4>().0.as_chunks::<4>().0;
+        for (cells, flags) in cells.iter().zip(mask) {
+            for quarter in 0..4 {
+                let [a, b, c, d] = cells[quarter];
+                let wide = _mm256_cvtps_pd(_mm_setr_ps(a, b, c, d));
+                let flags = _mm_cvtsi32_si128(i32::from_ne_bytes(flags[quarter]));
+                let masked =
+                    _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(flags), _mm256_setzero_si256());
+                let deviation =
+                    _mm256_andnot_pd(_mm256_castsi256_pd(masked), _mm256_sub_pd(wide, center));
+                first[quarter] = _mm256_add_pd(first[quarter], deviation);
+                let square = _mm256_mul_pd(deviation, deviation);
+                second[quarter] = _mm256_add_pd(second[quarter], square);
+            }
+        }
+        for quarter in 0..4 {
+            store_wide(&mut sums[0], quarter, first[quarter]);
+            store_wide(&mut sums[1], quarter, second[quarter]);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn load_wide(lanes: &[f64; LANES], quarter: usize) -> __m256d {
+        let [a, b, c, d] = lanes.as_chunks::<4>().0[quarter];
+        _mm256_setr_pd(a, b, c, d)
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn store_wide(lanes: &mut [f64; LANES], quarter: usize, register: __m256d) {
+        let four = &mut lanes.as_chunks_mut::<4>().0[quarter];
+        // SAFETY: the reference is to four numbers and exclusive; the store needs no alignment.
+        unsafe { _mm256_storeu_pd(four.as_mut_ptr(), register) }
+    }
+
     #[target_feature(enable = "avx2,fma")]
     pub fn compiled_here<R>(work: impl FnOnce() -> R) -> R {
         work()
@@ -224,8 +287,8 @@ mod x86 {
         let (near, far) = (load(&given.near), load(&given.far));
         let rewards = lanes(run.rewards);
         let values = lanes(run.values);
-        let advantages = run.advantages.as_rchunks_mut::<LANES>().1;
-        let returns = run.returns.as_rchunks_mut::<LANES>().1;
+        let advantages = run.advantages.as_rchunks_mut::<WIDTH>().1;
+        let returns = run.returns.as_rchunks_mut::<WIDTH>().1;
         let mut later = _mm256_set1_ps(state.value as f32);
         let mut carry = _mm256_set1_ps(state.advantage as f32);
         let mut end = advantages.len();
@@ -256,7 +319,7 @@ mod x86 {
 
     fn lanes(input: Input<'_, f32>) -> Input<'_, Lanes> {
         match input {
-            Input::Separate(cells) => Input::Separate(cells.as_rchunks::<LANES>().1),
+            Input::Separate(cells) => Input::Separate(cells.as_rchunks::<WIDTH>().1),
             Input::Advantages => Input::Advantages,
             Input::Returns => Input::Returns,
         }

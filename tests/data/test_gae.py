@@ -56,8 +56,8 @@ def terms(case, gamma, lam, masked):
 
 
 def assert_close(got, expected, case, gamma, lam, masked="skip", *, exact=False):
-    """A float32 scan rounds 14 times what passes through it, 2^-20 in all; cell by cell, float32 results are float64 sums
-    rounded once. In float64 each of T steps rounds five times, here and in the expected numbers."""
+    """A float32 scan rounds 14 times what passes through it, 2^-20 in all; cell by cell, float32 results are float64
+    sums rounded once. In float64 each of T steps rounds five times, here and in the expected numbers."""
     dtype, (rows, width) = case["rewards"].dtype, case["rewards"].shape
     relative = 2.0**-20 if dtype == np.float32 and not exact else 0.0
     error = (relative + 10 * width * np.finfo(np.float64).eps) * terms(case, gamma, lam, masked)

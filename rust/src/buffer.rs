@@ -1,4 +1,4 @@
-//! Python buffers as Rust slices: the only `unsafe` code of the crate.
+//! Python buffers as Rust slices: one of two files with `unsafe` code (the other is `scan`).
 //!
 //! A slice is sound when its memory is initialised, aligned, contiguous, of the right type and alive, and when no `&mut`
 //! overlaps another reference. Python guarantees the first and the last but one (an exported buffer is neither freed nor

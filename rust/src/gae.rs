@@ -418,6 +418,57 @@ mod tests {
     }
 
     #[test]
+    fn scanned_in_vector_registers() {
+        for width in (0..70).chain([255, 1000]) {
+            let cell = |t: usize, by: f32| (t as f32 * by).sin() * 3.0;
+            let rewards: Vec<f32> = (0..3 * width).map(|t| cell(t, 0.9)).collect();
+            let values: Vec<f32> = (0..3 * width).map(|t| cell(t, 1.7)).collect();
+            let terms: Vec<f32> = rewards
+                .iter()
+                .zip(&values)
+                .map(|(r, v)| r.abs() + 2.0 * v.abs())
+                .collect();
+            let sizes: Vec<f32> = values.iter().map(|v| v.abs()).collect();
+            let problem = |rewards, values, scan| Gae {
+                rewards,
+                values,
+                terminated: None,
+                mask: None,
+                bootstrap: Some(&[1.0, 2.0, 3.0]),
+                rows: Rows::Padded { rows: 3, width },
+                gamma: 0.99,
+                lam: 0.95,
+                masked: Masked::Skip,
+                scan,
+            };
+            let scan = Scan::new(0.99, 0.99 * 0.95);
+            let fresh = |rewards, values, scan| {
+                let mut out = (vec![f32::NAN; 3 * width], vec![f32::NAN; 3 * width]);
+                let gae = problem(Input::Separate(rewards), Input::Separate(values), scan);
+                gae.run(&mut out.0, &mut out.1, 1);
+                out
+            };
+            let fast = fresh(&rewards, &values, scan);
+            let exact = fresh(&rewards, &values, None);
+            let (bound, _) = fresh(&terms, &sizes, None);
+            for ((fast, exact), bound) in fast.0.iter().zip(&exact.0).zip(&bound) {
+                assert!((fast - exact).abs() <= bound * (2f32.powi(-20) + 2f32.powi(-23)));
+            }
+            for swapped in [false, true] {
+                let mut pair = [rewards.clone(), values.clone()];
+                let mut inputs = [Input::Advantages, Input::Returns];
+                if swapped {
+                    pair.reverse();
+                    inputs.reverse();
+                }
+                let [mut first, mut second] = pair;
+                problem(inputs[0], inputs[1], scan).run(&mut first, &mut second, 1);
+                assert_eq!((&first, &second), (&fast.0, &fast.1));
+            }
+        }
+    }
+
+    #[test]
     fn threads_change_nothing() {
         let cells = 1 << 18;
         let rewards: Vec<f64> = (0..cells).map(|cell| (cell as f64).sin()).collect();

@@ -7,14 +7,15 @@ from numpy import float32, float64, int32, int64, uint8
 from numpy.typing import NDArray
 
 __all__ = [
-    "collate_pairs",
     "discounted_returns",
+    "fill_sequences",
     "flatten",
     "gae",
     "group_advantages",
     "masked_moments",
     "pack",
-    "pair_lengths",
+    "place_rows",
+    "sequence_lengths",
     "standardise",
     "token_rewards",
 ]
@@ -88,26 +89,44 @@ def token_rewards(
     threads: int = 1,
 ) -> None: ...
 def pack(lengths: NDArray[int64], capacity: int, order: NDArray[int64], offsets: NDArray[int64]) -> tuple[int, int]: ...
-def pair_lengths(
+def sequence_lengths(
+    place: str,
+    names: Sequence[str],
     offsets: Sequence[NDArray[int64]],
     lengths: NDArray[int64],
     *,
     max_length: int | None,
     keep_end: bool,
     interleaved: bool,
+    shifted: bool,
 ) -> None: ...
-def collate_pairs(
+def fill_sequences(
+    place: str,
+    names: Sequence[str],
     ids: Sequence[NDArray[int32] | NDArray[int64]],
     offsets: Sequence[NDArray[int64]],
     input_ids: NDArray[int64],
     completion_mask: NDArray[int64],
-    tokens: NDArray[int64],
+    attention_mask: NDArray[int64] | None,
+    position_ids: NDArray[int64] | None,
     *,
     pad_token_id: int,
     max_length: int | None,
     keep_end: bool,
     interleaved: bool,
+    shifted: bool,
     cu_seqlens: NDArray[int64] | None = None,
+    pivot: int | None = None,
+    threads: int = 1,
+) -> None: ...
+def place_rows(
+    place: str,
+    values: NDArray[int64] | NDArray[float32] | NDArray[float64],
+    offsets: NDArray[int64],
+    starts: NDArray[int64],
+    out: NDArray[int64] | NDArray[float32] | NDArray[float64],
+    *,
+    blank: int,
     threads: int = 1,
 ) -> None: ...
 def flatten(

@@ -1,5 +1,5 @@
-//! Preference pairs from ragged columns to one batch: each sequence is a prompt and one of its two completions, cut to
-//! `max_length` from one end.
+//! Prompts and completions from ragged columns to one batch: each sequence is a prompt and one of its completions, cut
+//! to `max_length` from one end.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -39,112 +39,169 @@ pub enum Keep {
     End,
 }
 
-/// The order of the 2 B sequences: all chosen ones and then all rejected ones, or each pair together.
+/// The order of the sequences of B rows with several completions: all first completions, then all second ones; or each
+/// row's together.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     Concatenated,
     Interleaved,
 }
 
-const NAMES: [&str; 3] = ["prompt_ids", "chosen_ids", "rejected_ids"];
-
-/// The offsets of the columns (prompt, chosen, rejected), and how the sequences are cut and ordered.
-pub struct Pairs<'a> {
-    offsets: [&'a [i64]; 3],
-    max_length: usize,
-    keep: Keep,
-    layout: Layout,
+/// How sequences are made of their columns.
+#[derive(Clone, Copy)]
+pub struct Options {
+    pub max_length: Option<usize>,
+    pub keep: Keep,
+    pub layout: Layout,
+    /// Whether each prompt takes the completion of the row before it (the first one that of the last row).
+    pub shifted: bool,
 }
 
-/// Where the rows of a batch are written: `tokens` is the attention mask of a padded batch, or the positions of a packed
-/// one.
+/// The columns (the prompt, then the completions) by name and offsets, and how sequences are made of them.
+pub struct Sequences<'a> {
+    names: &'a [String],
+    offsets: Vec<&'a [i64]>,
+    max_length: usize,
+    options: Options,
+}
+
+/// Where the tokens of a batch are written, each output with the cells of all sequences.
 pub struct Batch<'o> {
     pub input_ids: &'o mut [i64],
     pub completion_mask: &'o mut [i64],
-    pub tokens: Tokens<'o>,
+    pub attention_mask: Option<&'o mut [i64]>,
+    pub position_ids: Option<&'o mut [i64]>,
 }
 
-pub enum Tokens<'o> {
-    Mask(&'o mut [i64]),
-    Positions(&'o mut [i64]),
+impl<'o> Batch<'o> {
+    /// The first `cells` cells of every output, and the others.
+    fn split(self, cells: usize) -> (Batch<'o>, Batch<'o>) {
+        let (input_ids, ids_after) = self.input_ids.split_at_mut(cells);
+        let (completion_mask, completion_after) = self.completion_mask.split_at_mut(cells);
+        let (attention_mask, attention_after) = self
+            .attention_mask
+            .map(|mask| mask.split_at_mut(cells))
+            .unzip();
+        let (position_ids, positions_after) =
+            self.position_ids.map(|ids| ids.split_at_mut(cells)).unzip();
+        (
+            Batch {
+                input_ids,
+                completion_mask,
+                attention_mask,
+                position_ids,
+            },
+            Batch {
+                input_ids: ids_after,
+                completion_mask: completion_after,
+                attention_mask: attention_after,
+                position_ids: positions_after,
+            },
+        )
+    }
+}
+
+/// Where sequences lie in a batch: in their slots from the first cell on, or with every completion beginning at `pivot`.
+#[derive(Clone, Copy)]
+pub struct Slots<'a> {
+    pub rows: Rows<'a>,
+    pub pivot: Option<usize>,
 }
 
 struct Window {
-    pair: usize,
+    row: usize,
     completion: usize,
     prompt_ids: Range<usize>,
     completion_ids: Range<usize>,
 }
 
-impl<'a> Pairs<'a> {
+impl<'a> Sequences<'a> {
     pub fn new(
-        offsets: [&'a [i64]; 3],
-        max_length: Option<usize>,
-        keep: Keep,
-        layout: Layout,
+        names: &'a [String],
+        offsets: Vec<&'a [i64]>,
+        options: Options,
     ) -> Result<Self, String> {
-        for (column, name) in offsets.iter().zip(NAMES) {
+        if names.len() != offsets.len() || names.len() < 2 {
+            return Err("there must be a prompt and at least one completion column".to_owned());
+        }
+        for (column, name) in offsets.iter().zip(names) {
             check_offsets(&format!("{name} offsets"), column)?;
         }
-        let [prompt, chosen, rejected] = offsets.map(|column| column.len() - 1);
-        if prompt != chosen || prompt != rejected {
+        if offsets
+            .iter()
+            .any(|column| column.len() != offsets[0].len())
+        {
+            let counts: Vec<String> = offsets
+                .iter()
+                .map(|column| (column.len() - 1).to_string())
+                .collect();
             return Err(format!(
-                "prompt_ids, chosen_ids and rejected_ids must have one row for each pair, got {prompt}, {chosen} and {rejected}"
+                "{} must have the same number of rows, got {}",
+                listed(names),
+                listed(&counts)
             ));
         }
-        Ok(Pairs {
+        Ok(Sequences {
+            names,
             offsets,
-            max_length: max_length.unwrap_or(usize::MAX),
-            keep,
-            layout,
+            max_length: options.max_length.unwrap_or(usize::MAX),
+            options,
         })
     }
 
-    /// The number of sequences, two for each pair.
+    fn rows(&self) -> usize {
+        self.offsets[0].len() - 1
+    }
+
+    /// The number of sequences, one for each completion.
     pub fn len(&self) -> usize {
-        2 * (self.offsets[0].len() - 1)
+        (self.names.len() - 1) * self.rows()
     }
 
     /// The number of tokens kept of each sequence, in the order of the layout; or the rows whose completion the cut empties.
     pub fn lengths(&self, out: &mut [i64]) -> Result<(), String> {
-        let mut emptied = [Vec::new(), Vec::new()];
+        let mut emptied = vec![Vec::new(); self.names.len()];
         for (sequence, length) in out.iter_mut().enumerate() {
             let window = self.window(sequence);
             *length = (window.prompt_ids.len() + window.completion_ids.len()) as i64;
             if window.completion_ids.is_empty()
-                && !self.cells(window.completion, window.pair).is_empty()
+                && !self
+                    .cells(window.completion, self.source(window.row))
+                    .is_empty()
             {
-                emptied[window.completion - 1].push(window.pair);
+                emptied[window.completion].push(window.row);
             }
         }
-        match &emptied {
-            [chosen, rejected] if chosen.is_empty() && rejected.is_empty() => Ok(()),
-            [chosen, rejected] => {
-                let parts = [(chosen, "chosen"), (rejected, "rejected")];
-                let parts = parts.iter().filter(|(rows, _)| !rows.is_empty());
-                let parts: Vec<String> = parts
-                    .map(|(rows, name)| format!("{name} of {}", name_rows(rows)))
-                    .collect();
-                Err(format!(
-                    "max_length={} leaves no completion token in {}: their prompts fill it; raise max_length, shorten these \
-                     prompts, or use truncation_mode=\"keep_end\"",
-                    self.max_length,
-                    parts.join(" and ")
-                ))
-            }
+        let parts: Vec<String> = emptied
+            .iter()
+            .zip(self.names)
+            .filter(|(rows, _)| !rows.is_empty())
+            .map(|(rows, name)| format!("{} of {}", name.trim_end_matches("_ids"), name_rows(rows)))
+            .collect();
+        if parts.is_empty() {
+            return Ok(());
         }
+        Err(format!(
+            "max_length={} leaves no completion token in {}: their prompts fill it; raise max_length, shorten these \
+             prompts, or use truncation_mode=\"keep_end\"",
+            self.max_length,
+            parts.join(" and ")
+        ))
     }
 
-    /// Writes every sequence into its slot: its ids, then `pad` up to the slot's end.
+    /// Writes every sequence into its slot: its ids, and `pad` in the other cells.
     pub fn fill(
         &self,
-        ids: [Ids<'_>; 3],
-        slots: Rows<'_>,
+        ids: &[Ids<'_>],
+        slots: Slots<'_>,
         pad: i64,
-        batch: Batch<'_>,
+        mut batch: Batch<'_>,
         threads: usize,
     ) -> Result<(), String> {
-        for ((ids, offsets), name) in ids.iter().zip(self.offsets).zip(NAMES) {
+        if ids.len() != self.names.len() {
+            return Err("there must be ids for every column".to_owned());
+        }
+        for ((ids, offsets), name) in ids.iter().zip(&self.offsets).zip(self.names) {
             let last = offsets[offsets.len() - 1];
             if last as usize > ids.len() {
                 return Err(format!(
@@ -153,46 +210,30 @@ impl<'a> Pairs<'a> {
                 ));
             }
         }
-        let (tokens, positions) = match batch.tokens {
-            Tokens::Mask(mask) => (mask, false),
-            Tokens::Positions(positions) => (positions, true),
-        };
-        let threads = worthwhile_threads(32 * slots.total(), threads);
-        let (mut input_ids, mut completion_mask, mut tokens, mut start) =
-            (batch.input_ids, batch.completion_mask, tokens, 0);
+        let threads = worthwhile_threads(32 * slots.rows.total(), threads);
         let mut parts = Vec::new();
-        for sequences in slots.groups(threads) {
-            let end = slots.range(sequences.end - 1).end;
-            let (a, rest_a) = input_ids.split_at_mut(end - start);
-            let (b, rest_b) = completion_mask.split_at_mut(end - start);
-            let (c, rest_c) = tokens.split_at_mut(end - start);
-            parts.push((sequences, start, [a, b, c]));
-            (input_ids, completion_mask, tokens, start) = (rest_a, rest_b, rest_c, end);
+        let mut start = 0;
+        for sequences in slots.rows.groups(threads) {
+            let end = slots.rows.range(sequences.end - 1).end;
+            let (part, rest) = batch.split(end - start);
+            parts.push((sequences, part));
+            (batch, start) = (rest, end);
         }
         let first_error: Mutex<Option<(usize, String)>> = Mutex::new(None);
-        share(
-            parts,
-            threads,
-            |(sequences, start, [input_ids, completion_mask, tokens])| {
-                for sequence in sequences {
-                    let slot = slots.range(sequence);
-                    let slot = slot.start - start..slot.end - start;
-                    let out = [
-                        &mut input_ids[slot.clone()],
-                        &mut completion_mask[slot.clone()],
-                        &mut tokens[slot],
-                    ];
-                    if let Err(message) = self.fill_one(sequence, &ids, pad, positions, out)
-                        && let Ok(mut first) = first_error.lock()
-                        && first
-                            .as_ref()
-                            .is_none_or(|(earlier, _)| sequence < *earlier)
-                    {
-                        *first = Some((sequence, message));
-                    }
+        share(parts, threads, |(sequences, mut part)| {
+            for sequence in sequences {
+                let (slot, rest) = part.split(slots.rows.range(sequence).len());
+                part = rest;
+                if let Err(message) = self.fill_one(sequence, ids, slots.pivot, pad, slot)
+                    && let Ok(mut first) = first_error.lock()
+                    && first
+                        .as_ref()
+                        .is_none_or(|(earlier, _)| sequence < *earlier)
+                {
+                    *first = Some((sequence, message));
                 }
-            },
-        );
+            }
+        });
         match first_error.into_inner() {
             Ok(Some((_, message))) => Err(message),
             _ => Ok(()),
@@ -202,65 +243,90 @@ impl<'a> Pairs<'a> {
     fn fill_one(
         &self,
         sequence: usize,
-        ids: &[Ids<'_>; 3],
+        ids: &[Ids<'_>],
+        pivot: Option<usize>,
         pad: i64,
-        positions: bool,
-        [input_ids, completion_mask, tokens]: [&mut [i64]; 3],
+        slot: Batch<'_>,
     ) -> Result<(), String> {
         let window = self.window(sequence);
         let prompt = window.prompt_ids.len();
         let length = prompt + window.completion_ids.len();
-        if length > input_ids.len() {
+        let cells = slot.input_ids.len();
+        let begin = match pivot {
+            None => Some(0),
+            Some(pivot) => pivot.checked_sub(prompt),
+        };
+        let Some(begin) = begin.filter(|begin| begin + length <= cells) else {
             return Err(format!(
-                "sequence {sequence} has {length} tokens, its slot {}",
-                input_ids.len()
+                "sequence {sequence} has {length} tokens, its slot {cells}"
             ));
+        };
+        let (pivot, end) = (begin + prompt, begin + length);
+        let input_ids = slot.input_ids;
+        ids[0].copy(window.prompt_ids.clone(), &mut input_ids[begin..pivot]);
+        ids[window.completion].copy(window.completion_ids.clone(), &mut input_ids[pivot..end]);
+        if input_ids[begin..end].iter().fold(0, |all, id| all | id) < 0 {
+            return Err(self.negative(&window, &input_ids[begin..end]));
         }
-        ids[0].copy(window.prompt_ids.clone(), &mut input_ids[..prompt]);
-        ids[window.completion].copy(
-            window.completion_ids.clone(),
-            &mut input_ids[prompt..length],
-        );
-        if let Some(at) = input_ids[..length].iter().position(|&id| id < 0) {
-            let (column, from, at_cell) = if at < prompt {
-                (0, window.prompt_ids, at)
-            } else {
-                (window.completion, window.completion_ids, at - prompt)
-            };
-            let position = from.start + at_cell - self.cells(column, window.pair).start;
-            return Err(format!(
-                "{}[{}][{position}] must be a token id, got the negative number {}",
-                NAMES[column], window.pair, input_ids[at]
-            ));
+        input_ids[..begin].fill(pad);
+        input_ids[end..].fill(pad);
+        slot.completion_mask[..pivot].fill(0);
+        slot.completion_mask[pivot..end].fill(1);
+        slot.completion_mask[end..].fill(0);
+        if let Some(mask) = slot.attention_mask {
+            mask[..begin].fill(0);
+            mask[begin..end].fill(1);
+            mask[end..].fill(0);
         }
-        input_ids[length..].fill(pad);
-        completion_mask[..prompt].fill(0);
-        completion_mask[prompt..length].fill(1);
-        completion_mask[length..].fill(0);
-        if positions {
-            for (position, token) in tokens[..length].iter_mut().enumerate() {
-                *token = position as i64;
+        if let Some(positions) = slot.position_ids {
+            positions[..begin].fill(0);
+            for (position, cell) in positions[begin..end].iter_mut().enumerate() {
+                *cell = position as i64;
             }
-        } else {
-            tokens[..length].fill(1);
+            positions[end..].fill(0);
         }
-        tokens[length..].fill(0);
         Ok(())
+    }
+
+    fn negative(&self, window: &Window, ids: &[i64]) -> String {
+        let at = ids.iter().position(|&id| id < 0).unwrap_or_default();
+        let prompt = window.prompt_ids.len();
+        let (column, row, cell) = if at < prompt {
+            (0, window.row, window.prompt_ids.start + at)
+        } else {
+            let cell = window.completion_ids.start + at - prompt;
+            (window.completion, self.source(window.row), cell)
+        };
+        let position = cell - self.cells(column, row).start;
+        format!(
+            "{}[{row}][{position}] must be a token id, got the negative number {}",
+            self.names[column], ids[at]
+        )
     }
 
     fn cells(&self, column: usize, row: usize) -> Range<usize> {
         self.offsets[column][row] as usize..self.offsets[column][row + 1] as usize
     }
 
+    /// The row that the completion of a row's sequence comes from.
+    fn source(&self, row: usize) -> usize {
+        match (self.options.shifted, row) {
+            (false, _) => row,
+            (true, 0) => self.rows() - 1,
+            (true, _) => row - 1,
+        }
+    }
+
     fn window(&self, sequence: usize) -> Window {
-        let (pair, completion) = match self.layout {
-            Layout::Concatenated => (sequence % (self.len() / 2), 1 + sequence / (self.len() / 2)),
-            Layout::Interleaved => (sequence / 2, 1 + sequence % 2),
+        let completions = self.names.len() - 1;
+        let (row, completion) = match self.options.layout {
+            Layout::Concatenated => (sequence % self.rows(), 1 + sequence / self.rows()),
+            Layout::Interleaved => (sequence / completions, 1 + sequence % completions),
         };
-        let (mut prompt_ids, mut completion_ids) =
-            (self.cells(0, pair), self.cells(completion, pair));
+        let mut prompt_ids = self.cells(0, row);
+        let mut completion_ids = self.cells(completion, self.source(row));
         let cut = (prompt_ids.len() + completion_ids.len()).saturating_sub(self.max_length);
-        match self.keep {
+        match self.options.keep {
             Keep::Start => {
                 let of_completion = cut.min(completion_ids.len());
                 completion_ids.end -= of_completion;
@@ -273,12 +339,61 @@ impl<'a> Pairs<'a> {
             }
         }
         Window {
-            pair,
+            row,
             completion,
             prompt_ids,
             completion_ids,
         }
     }
+}
+
+/// `a`, `a and b`, `a, b and c`.
+fn listed(texts: &[String]) -> String {
+    match texts {
+        [] => String::new(),
+        [one] => one.clone(),
+        [most @ .., last] => format!("{} and {last}", most.join(", ")),
+    }
+}
+
+/// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
+/// the other cells.
+pub fn place<T: Copy + Send + Sync>(
+    values: &[T],
+    offsets: &[i64],
+    starts: &[i64],
+    (width, blank): (usize, T),
+    out: &mut [T],
+    threads: usize,
+) -> Result<(), String> {
+    let rows = Rows::packed("offsets", offsets, values.len())?;
+    let grid = Rows::Padded {
+        rows: rows.len(),
+        width,
+    };
+    if starts.len() != rows.len() || out.len() != rows.len() * width {
+        return Err("starts and out must have the rows of offsets".to_owned());
+    }
+    for (row, &start) in starts.iter().enumerate() {
+        let length = rows.range(row).len();
+        if start < 0 || start as usize + length > width {
+            return Err(format!(
+                "row {row} has {length} values from column {start} on, of {width} columns"
+            ));
+        }
+    }
+    let threads = worthwhile_threads(16 * out.len(), threads);
+    share(grid.split(out, threads), threads, |part| {
+        for (row, cells) in part {
+            let values = &values[rows.range(row)];
+            let begin = starts[row] as usize;
+            let end = begin + values.len();
+            cells[..begin].fill(blank);
+            cells[begin..end].copy_from_slice(values);
+            cells[end..].fill(blank);
+        }
+    });
+    Ok(())
 }
 
 #[cfg(test)]

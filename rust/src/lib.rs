@@ -20,7 +20,7 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::python::{
-        collate::{collate_pairs, pair_lengths},
+        collate::{fill_sequences, place_rows, sequence_lengths},
         gae::gae,
         groups::group_advantages,
         lists::flatten,

@@ -192,7 +192,7 @@ def test_arrow_columns_are_not_copied(monkeypatch):
     from prefkern import _core
 
     seen = []
-    monkeypatch.setattr(_core, "collate_pairs", lambda ids, *_, **__: seen.extend(ids))
+    monkeypatch.setattr(_core, "fill_sequences", lambda _place, _names, ids, *_, **__: seen.extend(ids))
     table = pa.table(
         {
             name: pa.array([[1, 2], [3]], pa.list_(kind))

@@ -45,10 +45,10 @@ def test_emptied_completions_are_refused():
 
 
 def test_rows_are_refused():
-    refused(ValueError, "rows must hold at least one pair, got none", [])
+    refused(ValueError, "rows must hold at least one row, got none", [])
     refused(
         ValueError,
-        "rows must hold at least one pair, got none",
+        "rows must hold at least one row, got none",
         pa.table({name: pa.array([], pa.list_(pa.int64())) for name in IDS}),
     )
     refused(TypeError, "rows must be a list of dicts, a dict of columns or a pyarrow.Table, got str", "rows")
@@ -66,7 +66,7 @@ def test_rows_are_refused():
     refused(ValueError, "rows must have the columns", {"prompt_ids": [[1]], "chosen_ids": [[2]]})
     refused(
         ValueError,
-        "prompt_ids, chosen_ids and rejected_ids must have one row for each pair, got 3, 3 and 2",
+        "prompt_ids, chosen_ids and rejected_ids must have the same number of rows, got 3, 3 and 2",
         columns(ROWS) | {"rejected_ids": [[1], [2]]},
     )
     refused(
@@ -129,7 +129,7 @@ def test_reference_logps_are_refused_by_row():
     named = columns(ROWS)
     refused(
         ValueError,
-        "ref_chosen_logps must hold one number for each of the 3 pairs, got a list of 2",
+        "ref_chosen_logps must hold one number for each of the 3 rows, got a list of 2",
         named | {"ref_chosen_logps": [1.0, 2.0]},
     )
     refused(

@@ -4,10 +4,12 @@ import doctest
 
 import pytest
 
-from prefkern.data import advantages, groups, moments, returns, rewards
+from prefkern.data import advantages, groups, moments, returns, rewards, rollouts
+
+MODULES = [advantages, groups, moments, returns, rewards, rollouts]
 
 
-@pytest.mark.parametrize("module", [advantages, groups, moments, returns, rewards], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_examples(module):
     found = doctest.testmod(module)
     assert found.attempted >= 1

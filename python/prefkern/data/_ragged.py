@@ -50,6 +50,12 @@ def same_rows(where: str, name: str, given: Ragged, like: str, expected: Ragged)
         )
 
 
+def locate(rows: Ragged, cell: int) -> tuple[int, int]:
+    """The row of a cell of the flat values, and its position there."""
+    row = int(np.searchsorted(rows.offsets, cell, side="right")) - 1
+    return row, int(cell - rows.offsets[row])
+
+
 def _from_rows(where: str, name: str, rows: list[Any], *, integers: bool) -> Ragged:
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     for index, row in enumerate(rows):
@@ -89,9 +95,8 @@ def _from_arrow(where: str, name: str, column: Any, *, integers: bool) -> Ragged
         child = column.values.slice(start, offsets[-1] - start)
         offsets -= start
     if child.null_count:
-        position = child.is_null().index(True).as_py()
-        row = int(np.searchsorted(offsets, position, side="right")) - 1
-        _check.fail(where, f"{name}[{row}][{position - offsets[row]}] is null")
+        row, position = locate(Ragged(child, offsets), child.is_null().index(True).as_py())
+        _check.fail(where, f"{name}[{row}][{position}] is null")
     if len(child) == 0:
         return Ragged(np.empty(0, dtype=np.int64 if integers else np.float64), offsets)
     return Ragged(child.to_numpy(zero_copy_only=False), offsets)

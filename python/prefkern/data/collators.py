@@ -1,18 +1,13 @@
-"""Batches of preference pairs."""
+"""Batches of preference pairs, of unpaired preferences and of scored responses."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from prefkern import _check
-from prefkern.data._arrays import Array, core, describe, is_array, is_arrow, packed, threads, whole
-from prefkern.data._ragged import Ragged, ragged
+from prefkern.data._rows import columns, either, ids, labels, scalars
+from prefkern.data._sequences import Sequences, TruncationMode, options
 
-WHERE = "data.collate_pairs"
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-SCALARS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_PAIR = ("ref_chosen_logps", "ref_rejected_logps")
+REF_UNPAIRED = ("ref_logps", "ref_KL_logps")
 
 
 def collate_pairs(
@@ -21,7 +16,7 @@ def collate_pairs(
     pad_token_id: int,
     layout: Literal["concatenated", "interleaved"] = "concatenated",
     max_length: int | None = None,
-    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start",
+    truncation_mode: TruncationMode = "keep_start",
     pad_to_multiple_of: int | None = None,
     padding_free: bool = False,
 ) -> dict[str, Any]:
@@ -45,128 +40,109 @@ def collate_pairs(
     An empty prompt or completion is kept as it is. A completion that ``max_length`` empties is a ValueError that names
     its rows, as are null rows, missing columns, unequal row counts and negative ids.
     """
-    pad_token_id = whole(WHERE, "pad_token_id", pad_token_id, low=0)
-    _check.one_of(WHERE, "layout", layout, ("concatenated", "interleaved"))
-    _check.one_of(WHERE, "truncation_mode", truncation_mode, ("keep_start", "keep_end"))
-    if max_length is not None:
-        max_length = whole(WHERE, "max_length", max_length, low=1)
-    multiple = 1 if pad_to_multiple_of is None else whole(WHERE, "pad_to_multiple_of", pad_to_multiple_of, low=1)
-    columns = _columns(rows)
-    ids = [_ids(name, columns[name]) for name in COLUMNS]
-    pairs = len(ids[0].offsets) - 1
-    if pairs == 0:
-        _check.fail(WHERE, "rows must hold at least one pair, got none")
-    cut = {
-        "max_length": max_length,
-        "keep_end": truncation_mode == "keep_end",
-        "interleaved": layout == "interleaved",
-    }
-    offsets = [column.offsets for column in ids]
-    lengths = np.empty(2 * pairs, dtype=np.int64)
-    core().pair_lengths(offsets, lengths, **cut)
-    arguments = {"pad_token_id": pad_token_id, "threads": threads(), **cut}
-    fill = _packed if padding_free else _padded
-    batch = fill([column.values for column in ids], offsets, lengths, multiple, arguments)
-    for name in SCALARS:
-        if name in columns:
-            batch[name] = _scalars(name, columns[name], pairs)
+    where = "data.collate_pairs"
+    _check.one_of(where, "layout", layout, ("concatenated", "interleaved"))
+    checked = options(
+        where,
+        pad_token_id=pad_token_id,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        pad_to_multiple_of=pad_to_multiple_of,
+        padding_free=padding_free,
+    )
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    given = columns(where, rows, names, REF_PAIR)
+    tokens = {name: ids(where, name, given[name]) for name in names}
+    sequences = Sequences(where, tokens, checked, interleaved=layout == "interleaved")
+    batch = sequences.batch()
+    batch |= {name: scalars(where, name, given[name], sequences.rows) for name in REF_PAIR if name in given}
     return batch
 
 
-def _padded(
-    ids: list[Array], offsets: list[Array], lengths: Array, multiple: int, arguments: dict[str, Any]
+def collate_unpaired(
+    rows: Any,
+    *,
+    pad_token_id: int,
+    mismatched: bool = False,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    pad_to_multiple_of: int | None = None,
+    padding_free: bool = False,
 ) -> dict[str, Any]:
-    shape = (len(lengths), _round_up(int(lengths.max()), multiple))
-    input_ids, completion_mask, attention_mask = (np.empty(shape, dtype=np.int64) for _ in range(3))
-    core().collate_pairs(ids, offsets, input_ids, completion_mask, attention_mask, **arguments)
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "completion_mask": torch.from_numpy(completion_mask),
-    }
+    """Completions with a label each as one batch, the tensors of TRL's ``DataCollatorForUnpairedPreference``.
+
+    ``rows``, as in `collate_pairs`, with the token ids ``prompt_ids`` and ``completion_ids`` and a bool (or 0 or 1)
+    ``label``; optionally the token ids ``KL_completion_ids`` of mismatched completions, and the numbers ``ref_logps``
+    and ``ref_KL_logps``. KTO estimates its baseline, `prefkern.kto_kl`, on prompts with completions of other prompts:
+    `KTO: Model Alignment as Prospect Theoretic Optimization <https://arxiv.org/abs/2402.01306>`_. ``mismatched=True``
+    makes them for rows without ``KL_completion_ids``: each prompt gets the completion of the row before it, the first
+    prompt that of the last row, as TRL's dataset preparation does within each batch; it takes at least two rows.
+
+    Returns int64 ``input_ids``, ``attention_mask`` and ``completion_mask`` ``[B, L]``; the same three under ``KL_``,
+    with their own L, where there are mismatched completions; the reference log-probabilities ``[B]`` in torch's default
+    dtype where they were given; ``label [B]``, bool. The options, ``padding_free`` and the errors are those of
+    `collate_pairs`.
+    """
+    where = "data.collate_unpaired"
+    checked = options(
+        where,
+        pad_token_id=pad_token_id,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        pad_to_multiple_of=pad_to_multiple_of,
+        padding_free=padding_free,
+    )
+    given = columns(where, rows, ("prompt_ids", "completion_ids", "label"), ("KL_completion_ids", *REF_UNPAIRED))
+    tokens = {name: ids(where, name, given[name]) for name in ("prompt_ids", "completion_ids")}
+    sequences = Sequences(where, tokens, checked)
+    batch = sequences.batch()
+    if "KL_completion_ids" in given:
+        if mismatched:
+            _check.fail(where, "mismatched=True is for rows without KL_completion_ids, but they have them")
+        name = "KL_completion_ids"
+        other = {"prompt_ids": tokens["prompt_ids"], name: ids(where, name, given[name])}
+        batch |= Sequences(where, other, checked).batch("KL_")
+    elif mismatched:
+        if sequences.rows < 2:
+            _check.fail(where, "mismatched=True needs at least two rows: a single prompt has no other completion")
+        other = {"prompt_ids": tokens["prompt_ids"], "mismatched completion_ids": tokens["completion_ids"]}
+        batch |= Sequences(where, other, checked, shifted=True).batch("KL_")
+    batch |= {name: scalars(where, name, given[name], sequences.rows) for name in REF_UNPAIRED if name in given}
+    batch["label"] = labels(where, "label", given["label"], sequences.rows)
+    return batch
 
 
-def _packed(
-    ids: list[Array], offsets: list[Array], lengths: Array, multiple: int, arguments: dict[str, Any]
+def collate_scored(
+    rows: Any,
+    *,
+    pad_token_id: int,
+    max_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
+    pad_to_multiple_of: int | None = None,
+    padding_free: bool = False,
 ) -> dict[str, Any]:
-    bounds = np.concatenate(([0], np.cumsum(lengths)))
-    scored = int(bounds[-1])
-    total = _round_up(scored, multiple)
-    input_ids = np.full(total, arguments["pad_token_id"], dtype=np.int64)
-    completion_mask, position_ids = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
-    outputs = (input_ids[:scored], completion_mask[:scored], position_ids[:scored])
-    core().collate_pairs(ids, offsets, *outputs, cu_seqlens=bounds, **arguments)
-    bounds = np.concatenate((bounds, np.arange(scored, total) + 1))
-    counts = np.diff(bounds)
-    cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    return {
-        "input_ids": torch.from_numpy(input_ids)[None],
-        "position_ids": torch.from_numpy(position_ids)[None],
-        "completion_mask": torch.from_numpy(completion_mask)[None],
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": int(counts.max()),
-        "max_length_k": int(counts.max()),
-        "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
-    }
+    """Responses with a score each as one batch, for losses that weigh a likelihood by a score.
 
+    ``rows``, as in `collate_pairs`, with the token ids ``prompt_ids`` and ``response_ids`` (or ``completion_ids``), and
+    the number ``score`` (or ``reward``).
 
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
-def _columns(rows: Any) -> Mapping[str, Any]:
-    """The known columns of rows of any kind, by name."""
-    if isinstance(rows, list | tuple):
-        return _from_dicts(rows)
-    if is_arrow(rows) and hasattr(rows, "column_names"):
-        names = rows.column_names
-        columns: Mapping[str, Any] = {name: rows.column(name) for name in COLUMNS + SCALARS if name in names}
-    elif isinstance(rows, Mapping):
-        names, columns = list(rows), rows
-    else:
-        _check.fail_type(
-            WHERE, f"rows must be a list of dicts, a dict of columns or a pyarrow.Table, got {type(rows).__name__}"
-        )
-    for name in COLUMNS:
-        if name not in columns:
-            _check.fail(WHERE, f"rows must have the columns {', '.join(COLUMNS)}; {name} is missing from {names}")
-    return columns
-
-
-def _from_dicts(rows: Any) -> dict[str, list[Any]]:
-    names = COLUMNS + tuple(name for name in SCALARS if any(isinstance(row, Mapping) and name in row for row in rows))
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            _check.fail_type(WHERE, f"rows[{index}] must be a dict, got {describe(row)}")
-        for name in names:
-            if name not in row:
-                _check.fail(
-                    WHERE, f"rows[{index}] must have the keys {', '.join(names)}; {name} is missing from {list(row)}"
-                )
-    return {name: [row[name] for row in rows] for name in names}
-
-
-def _ids(name: str, column: Any) -> Ragged:
-    values, offsets = ragged(WHERE, name, column, integers=True)
-    if values.dtype.kind not in "iu" or not np.can_cast(values.dtype, np.int64):
-        _check.fail_type(WHERE, f"{name} must hold integers that fit int64, got {values.dtype}")
-    if values.dtype not in (np.int32, np.int64) or not values.dtype.isnative:
-        values = values.astype(np.int64)
-    return Ragged(packed(values), offsets)
-
-
-def _scalars(name: str, column: Any, pairs: int) -> torch.Tensor:
-    if is_arrow(column):
-        column = column.to_pylist()
-    elif is_array(column):
-        column = column.tolist()
-    if not isinstance(column, list | tuple) or len(column) != pairs:
-        _check.fail(WHERE, f"{name} must hold one number for each of the {pairs} pairs, got {describe(column)}")
-    numbers = []
-    for row, value in enumerate(column):
-        try:
-            numbers.append(float(value))
-        except (TypeError, ValueError):
-            _check.fail_type(WHERE, f"{name}[{row}] must be a number, got {describe(value)}")
-    return torch.tensor(numbers, dtype=torch.get_default_dtype())
+    Returns int64 ``input_ids``, ``attention_mask`` and ``completion_mask`` ``[B, L]``, and ``score [B]`` in torch's
+    default dtype. The options, ``padding_free`` and the errors are those of `collate_pairs`; a score that is not finite
+    is a ValueError that names its row.
+    """
+    where = "data.collate_scored"
+    checked = options(
+        where,
+        pad_token_id=pad_token_id,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        pad_to_multiple_of=pad_to_multiple_of,
+        padding_free=padding_free,
+    )
+    response, score = either(rows, "response_ids", "completion_ids"), either(rows, "score", "reward")
+    given = columns(where, rows, ("prompt_ids", response, score))
+    tokens = {name: ids(where, name, given[name]) for name in ("prompt_ids", response)}
+    sequences = Sequences(where, tokens, checked)
+    batch = sequences.batch()
+    batch["score"] = scalars(where, score, given[score], sequences.rows, finite=True)
+    return batch

@@ -1,65 +1,71 @@
-//! `pair_lengths` and `collate_pairs`.
+//! `sequence_lengths`, `fill_sequences` and `place_rows`.
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
-use crate::buffer::{Call, Reader, Writer, shape_text};
-use crate::collate::{Batch, Ids, Keep, Layout, Pairs, Tokens};
+use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
+use crate::collate::{self, Batch, Ids, Keep, Layout, Options, Sequences, Slots};
 use crate::rows::Rows;
 
-const PLACE: &str = "prefkern.data.collate_pairs";
+/// The int64 offsets of the columns.
+fn read_offsets(
+    call: &mut Call,
+    names: &[String],
+    arrays: &[Bound<'_, PyAny>],
+) -> PyResult<Vec<Reader<i64>>> {
+    let named = names.iter().zip(arrays);
+    named
+        .map(|(name, array)| call.read(&format!("{name} offsets"), array))
+        .collect()
+}
 
-/// The int64 offsets of the prompt, chosen and rejected columns.
-struct Offsets([Reader<i64>; 3]);
-
-impl Offsets {
-    fn read(call: &mut Call, [prompt, chosen, rejected]: &[Bound<'_, PyAny>; 3]) -> PyResult<Self> {
-        Ok(Offsets([
-            call.read("prompt_ids offsets", prompt)?,
-            call.read("chosen_ids offsets", chosen)?,
-            call.read("rejected_ids offsets", rejected)?,
-        ]))
-    }
-
-    fn pairs(
-        &self,
-        call: &Call,
-        max_length: Option<usize>,
-        keep_end: bool,
-        interleaved: bool,
-    ) -> PyResult<Pairs<'_>> {
-        let keep = if keep_end { Keep::End } else { Keep::Start };
-        let layout = if interleaved {
+fn sequences<'a>(
+    call: &Call,
+    names: &'a [String],
+    offsets: &'a [Reader<i64>],
+    (max_length, keep_end, interleaved, shifted): (Option<usize>, bool, bool, bool),
+) -> PyResult<Sequences<'a>> {
+    let options = Options {
+        max_length,
+        keep: if keep_end { Keep::End } else { Keep::Start },
+        layout: if interleaved {
             Layout::Interleaved
         } else {
             Layout::Concatenated
-        };
-        let offsets = self.0.each_ref().map(Reader::slice);
-        Pairs::new(offsets, max_length, keep, layout).map_err(|error| call.value_error(error))
-    }
+        },
+        shifted,
+    };
+    let offsets = offsets.iter().map(Reader::slice).collect();
+    Sequences::new(names, offsets, options).map_err(|error| call.value_error(error))
 }
 
-/// The kept length of each of the 2 B sequences, into int64 `lengths` [2 B]; refuses completions that the cut empties.
+/// The kept length of each sequence, into int64 `lengths`; refuses completions that the cut empties. The first column is
+/// the prompt, the others are completions. Errors are on behalf of `place`.
 #[pyfunction]
-#[pyo3(signature = (offsets, lengths, *, max_length, keep_end, interleaved))]
-pub fn pair_lengths(
-    offsets: [Bound<'_, PyAny>; 3],
+#[pyo3(signature = (place, names, offsets, lengths, *, max_length, keep_end, interleaved, shifted))]
+#[expect(clippy::too_many_arguments)]
+pub fn sequence_lengths(
+    place: &str,
+    names: Vec<String>,
+    offsets: Vec<Bound<'_, PyAny>>,
     lengths: Array<'_, '_>,
     max_length: Option<usize>,
     keep_end: bool,
     interleaved: bool,
+    shifted: bool,
 ) -> PyResult<()> {
-    let mut call = Call::new(PLACE);
-    let offsets = Offsets::read(&mut call, &offsets)?;
+    let mut call = Call::new(place);
+    let offsets = read_offsets(&mut call, &names, &offsets)?;
     let mut lengths: Writer<i64> = call.write("lengths", lengths)?;
-    let pairs = offsets.pairs(&call, max_length, keep_end, interleaved)?;
+    let options = (max_length, keep_end, interleaved, shifted);
+    let sequences = sequences(&call, &names, &offsets, options)?;
     let lengths = lengths.slice_mut();
-    if lengths.len() != pairs.len() {
-        let (expected, got) = (pairs.len(), lengths.len());
+    if lengths.len() != sequences.len() {
+        let (expected, got) = (sequences.len(), lengths.len());
         return Err(call.value_error(format!("lengths must hold {expected} elements, got {got}")));
     }
-    pairs
+    sequences
         .lengths(lengths)
         .map_err(|error| call.value_error(error))
 }
@@ -87,72 +93,132 @@ impl Column {
     }
 }
 
-/// Writes the sequences into int64 arrays of one shape: [2 B, L], or [N] with `cu_seqlens` [2 B + 1]. `tokens` becomes
-/// the attention mask of the former, the positions of the latter.
+/// Writes the sequences into int64 arrays of one shape: [S, L], with completions that all begin at column `pivot` where it
+/// is given; or [N] with `cu_seqlens` [S + 1].
 #[pyfunction]
-#[pyo3(signature = (ids, offsets, input_ids, completion_mask, tokens, *, pad_token_id, max_length, keep_end, interleaved, cu_seqlens=None, threads=1))]
+#[pyo3(signature = (place, names, ids, offsets, input_ids, completion_mask, attention_mask, position_ids, *, pad_token_id, max_length, keep_end, interleaved, shifted, cu_seqlens=None, pivot=None, threads=1))]
 #[expect(clippy::too_many_arguments)]
-pub fn collate_pairs(
+pub fn fill_sequences(
     py: Python<'_>,
-    ids: [Bound<'_, PyAny>; 3],
-    offsets: [Bound<'_, PyAny>; 3],
+    place: &str,
+    names: Vec<String>,
+    ids: Vec<Bound<'_, PyAny>>,
+    offsets: Vec<Bound<'_, PyAny>>,
     input_ids: Array<'_, '_>,
     completion_mask: Array<'_, '_>,
-    tokens: Array<'_, '_>,
+    attention_mask: Option<Array<'_, '_>>,
+    position_ids: Option<Array<'_, '_>>,
     pad_token_id: i64,
     max_length: Option<usize>,
     keep_end: bool,
     interleaved: bool,
+    shifted: bool,
     cu_seqlens: Option<Array<'_, '_>>,
+    pivot: Option<usize>,
     threads: usize,
 ) -> PyResult<()> {
-    let mut call = Call::new(PLACE);
-    let offsets = Offsets::read(&mut call, &offsets)?;
-    let pairs = offsets.pairs(&call, max_length, keep_end, interleaved)?;
-    let [prompt, chosen, rejected] = &ids;
-    let columns = [
-        Column::read(&mut call, "prompt_ids", prompt)?,
-        Column::read(&mut call, "chosen_ids", chosen)?,
-        Column::read(&mut call, "rejected_ids", rejected)?,
-    ];
+    let mut call = Call::new(place);
+    let offsets = read_offsets(&mut call, &names, &offsets)?;
+    let columns: Vec<Column> = names
+        .iter()
+        .zip(&ids)
+        .map(|(name, array)| Column::read(&mut call, name, array))
+        .collect::<PyResult<_>>()?;
+    let options = (max_length, keep_end, interleaved, shifted);
+    let sequences = sequences(&call, &names, &offsets, options)?;
     let cu_seqlens: Option<Reader<i64>> = cu_seqlens
         .map(|array| call.read("cu_seqlens", array))
         .transpose()?;
-    let mut input_ids: Writer<i64> = call.write("input_ids", input_ids)?;
-    let mut completion_mask: Writer<i64> = call.write("completion_mask", completion_mask)?;
-    let mut tokens: Writer<i64> = call.write("tokens", tokens)?;
-    let slots = match (input_ids.shape(), &cu_seqlens) {
+    let mut write = |name, array: Option<Array<'_, '_>>| -> PyResult<Option<Writer<i64>>> {
+        array.map(|array| call.write(name, array)).transpose()
+    };
+    let mut outputs = [
+        write("input_ids", Some(input_ids))?,
+        write("completion_mask", Some(completion_mask))?,
+        write("attention_mask", attention_mask)?,
+        write("position_ids", position_ids)?,
+    ];
+    let shapes: Vec<&[usize]> = outputs.iter().flatten().map(Writer::shape).collect();
+    let rows = match (shapes[0], &cu_seqlens) {
         (&[total], Some(offsets)) => Rows::packed("cu_seqlens", offsets.slice(), total)
             .map_err(|error| call.value_error(error))?,
         (&[rows, width], None) => Rows::Padded { rows, width },
         (shape, _) => {
             let shape = shape_text(shape);
             return Err(call.value_error(format!(
-                "input_ids must be [2 B, L], or [N] with cu_seqlens, got {shape}"
+                "input_ids must be [S, L], or [N] with cu_seqlens, got {shape}"
             )));
         }
     };
-    let same = completion_mask.shape() == input_ids.shape() && tokens.shape() == input_ids.shape();
-    if !same || slots.len() != pairs.len() {
+    if shapes.iter().any(|shape| *shape != shapes[0]) || rows.len() != sequences.len() {
+        let shapes: Vec<String> = shapes.iter().map(|shape| shape_text(shape)).collect();
         return Err(call.value_error(format!(
-            "the outputs must have one shape with {} rows, got {}, {} and {}",
-            pairs.len(),
-            shape_text(input_ids.shape()),
-            shape_text(completion_mask.shape()),
-            shape_text(tokens.shape())
+            "the outputs must have one shape with {} rows, got {}",
+            sequences.len(),
+            shapes.join(", ")
         )));
     }
-    let tokens = tokens.slice_mut();
+    let [input_ids, completion_mask, attention_mask, position_ids] =
+        outputs.each_mut().map(|output| output.as_mut());
+    let (Some(input_ids), Some(completion_mask)) = (input_ids, completion_mask) else {
+        return Ok(()); // both were given
+    };
     let batch = Batch {
         input_ids: input_ids.slice_mut(),
         completion_mask: completion_mask.slice_mut(),
-        tokens: if cu_seqlens.is_some() {
-            Tokens::Positions(tokens)
-        } else {
-            Tokens::Mask(tokens)
-        },
+        attention_mask: attention_mask.map(Writer::slice_mut),
+        position_ids: position_ids.map(Writer::slice_mut),
     };
-    let ids = columns.each_ref().map(Column::ids);
-    py.detach(|| pairs.fill(ids, slots, pad_token_id, batch, threads))
+    let ids: Vec<Ids<'_>> = columns.iter().map(Column::ids).collect();
+    let slots = Slots { rows, pivot };
+    py.detach(|| sequences.fill(&ids, slots, pad_token_id, batch, threads))
+        .map_err(|error| call.value_error(error))
+}
+
+/// Copies the rows of ragged `values` into `out` [B, T] of the same dtype (int64, float32 or float64), row i from column
+/// `starts[i]` on, and `blank` elsewhere. Errors are on behalf of `place`.
+#[pyfunction]
+#[pyo3(signature = (place, values, offsets, starts, out, *, blank, threads=1))]
+#[expect(clippy::too_many_arguments)]
+pub fn place_rows(
+    py: Python<'_>,
+    place: &str,
+    values: Array<'_, '_>,
+    offsets: Array<'_, '_>,
+    starts: Array<'_, '_>,
+    out: Array<'_, '_>,
+    blank: i32,
+    threads: usize,
+) -> PyResult<()> {
+    let call = Call::new(place);
+    let arrays = [values, offsets, starts, out];
+    let format = PyUntypedBuffer::get(values)
+        .map(|buffer| buffer.format().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    match format.as_str() {
+        "f" => placed::<f32>(py, call, arrays, blank as f32, threads),
+        "d" => placed::<f64>(py, call, arrays, f64::from(blank), threads),
+        _ => placed::<i64>(py, call, arrays, i64::from(blank), threads),
+    }
+}
+
+fn placed<T: Dtype>(
+    py: Python<'_>,
+    mut call: Call,
+    [values, offsets, starts, out]: [Array<'_, '_>; 4],
+    blank: T,
+    threads: usize,
+) -> PyResult<()> {
+    let values: Reader<T> = call.read("values", values)?;
+    let offsets: Reader<i64> = call.read("offsets", offsets)?;
+    let starts: Reader<i64> = call.read("starts", starts)?;
+    let mut out: Writer<T> = call.write("out", out)?;
+    let &[_, width] = out.shape() else {
+        let shape = shape_text(out.shape());
+        return Err(call.value_error(format!("out must be [B, T], got {shape}")));
+    };
+    let (values, offsets, starts) = (values.slice(), offsets.slice(), starts.slice());
+    let out = out.slice_mut();
+    py.detach(|| collate::place(values, offsets, starts, (width, blank), out, threads))
         .map_err(|error| call.value_error(error))
 }

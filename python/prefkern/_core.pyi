@@ -7,16 +7,20 @@ from numpy import float32, float64, int32, int64, uint8
 from numpy.typing import NDArray
 
 __all__ = [
+    "balance_lengths",
     "discounted_returns",
     "fill_sequences",
     "flatten",
+    "flatten_tokens",
     "gae",
     "group_advantages",
+    "kept_lengths",
     "masked_moments",
     "pack",
     "place_rows",
     "sequence_lengths",
     "standardise",
+    "token_batches",
     "token_rewards",
 ]
 
@@ -88,6 +92,31 @@ def token_rewards(
     cu_seqlens: NDArray[int64] | None = None,
     threads: int = 1,
 ) -> None: ...
+def flatten_tokens(
+    name: str,
+    ids: NDArray[int64],
+    mask: NDArray[uint8] | NDArray[int64] | None,
+    bounds: NDArray[int64],
+    width: int,
+    flat_ids: NDArray[int64],
+    positions: NDArray[int64],
+    indices: NDArray[int64],
+    *,
+    threads: int = 1,
+) -> None: ...
+def kept_lengths(mask: NDArray[uint8] | NDArray[int64], counts: NDArray[int64]) -> None: ...
+def balance_lengths(lengths: NDArray[int64], parts: int, equal: bool, part_of: NDArray[int64]) -> None: ...
+def token_batches(
+    lengths: NDArray[int64],
+    order: NDArray[int64],
+    offsets: NDArray[int64],
+    *,
+    budget: int,
+    padded: bool,
+    ranks: int,
+    seed: int,
+    epoch: int,
+) -> int: ...
 def pack(lengths: NDArray[int64], capacity: int, order: NDArray[int64], offsets: NDArray[int64]) -> tuple[int, int]: ...
 def sequence_lengths(
     place: str,

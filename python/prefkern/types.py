@@ -130,3 +130,40 @@ class MaskedStats(NamedTuple):
     def variance(self) -> float:
         """``m2 / (n - 1)``; 0 with fewer than two numbers."""
         return self.m2 / (self.n - 1) if self.n > 1 else 0.0
+
+
+class Flat(NamedTuple):
+    """A padding-free batch: row b of the padded one of ``shape`` is ``[cu_seqlens[b], cu_seqlens[b + 1])``.
+
+    ``indices [N]`` are the places of the tokens in the padded batch read row by row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor
+    shape: tuple[int, int]
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments of a transformers model that runs without padding (flash or flex attention)."""
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_seqlen,
+            "max_length_k": self.max_seqlen,
+        }
+
+
+class Kept(NamedTuple):
+    """The rows that `prefkern.data.drop_zero_advantage` kept: ``indices [K]`` of the whole batch, and their batch.
+
+    ``tokens`` and ``rows`` count those of the whole batch: the normalisers with which the loss is that of all rows.
+    """
+
+    indices: Tensor
+    batch: dict[str, Any]
+    tokens: int
+    rows: int

@@ -2,8 +2,11 @@
 //! the other modules, which know nothing of Python.
 #![deny(unsafe_code)]
 
+mod balance;
+mod batches;
 mod buffer;
 mod collate;
+mod flat;
 mod gae;
 mod groups;
 mod moments;
@@ -21,6 +24,7 @@ mod _core {
     #[pymodule_export]
     use crate::python::{
         collate::{fill_sequences, place_rows, sequence_lengths},
+        flat::{flatten_tokens, kept_lengths},
         gae::gae,
         groups::group_advantages,
         lists::flatten,
@@ -28,5 +32,6 @@ mod _core {
         packing::pack,
         penalty::token_rewards,
         returns::discounted_returns,
+        sampling::{balance_lengths, token_batches},
     };
 }

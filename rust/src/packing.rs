@@ -1,7 +1,12 @@
 //! Best-fit decreasing: the longest item first, each into the fullest bin that still holds it.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
+
+/// The largest capacity whose spaces are kept in tables rather than in a tree.
+const TABLED: i64 = 1 << 22;
+/// No bin.
+const NONE: u32 = u32::MAX;
 
 /// How many items were placed, in how many bins.
 #[derive(Debug, PartialEq, Eq)]
@@ -14,52 +19,213 @@ pub struct Placed {
 /// `order` where each bin begins, and the number of items after the last. Items of length 0 belong to no bin. Ties go to
 /// the lower item and to the bin that got its present space first: the bins are those of TRL's packer.
 ///
-/// Every length lies in `0..=capacity`; `order` has room for every item, `offsets` for one more.
+/// Every length lies in `0..=capacity`; there are less than 2^32 items; `order` has room for every item, `offsets` for one
+/// more.
 pub fn pack(lengths: &[i64], capacity: i64, order: &mut [i64], offsets: &mut [i64]) -> Placed {
-    let mut items: Vec<usize> = (0..lengths.len())
-        .filter(|&item| lengths[item] > 0)
-        .collect();
-    items.sort_by_key(|&item| Reverse(lengths[item]));
-    let mut open: BTreeMap<i64, VecDeque<usize>> = BTreeMap::new();
+    let items = descending(lengths, capacity);
+    if capacity <= TABLED {
+        place(
+            lengths,
+            &items,
+            capacity,
+            Table::new(capacity),
+            order,
+            offsets,
+        )
+    } else {
+        place(
+            lengths,
+            &items,
+            capacity,
+            Tree(BTreeMap::new()),
+            order,
+            offsets,
+        )
+    }
+}
+
+/// The items that are not empty, the longest first and the lower first among equals.
+fn descending(lengths: &[i64], capacity: i64) -> Vec<u32> {
+    let filled = |&item: &u32| lengths[item as usize] > 0;
+    if capacity > TABLED || (capacity as usize) > 16 * lengths.len() {
+        let mut items: Vec<u32> = (0..lengths.len() as u32).filter(filled).collect();
+        items.sort_by_key(|&item| Reverse(lengths[item as usize]));
+        return items;
+    }
+    let mut next = vec![0u32; capacity as usize + 1];
+    for &length in lengths {
+        next[length as usize] += 1;
+    }
+    next[0] = 0;
+    let mut before = 0;
+    for count in next.iter_mut().rev() {
+        (*count, before) = (before, before + *count);
+    }
+    let mut items = vec![0u32; before as usize];
+    for (item, &length) in lengths.iter().enumerate() {
+        if length > 0 {
+            let place = &mut next[length as usize];
+            items[*place as usize] = item as u32;
+            *place += 1;
+        }
+    }
+    items
+}
+
+/// The open bins by the space left in them, each space's first come, first served.
+trait Spaces {
+    /// The least space of at least `length`, with the first and last of its bins.
+    fn best(&mut self, length: i64) -> Option<(i64, u32, u32)>;
+    /// Sets the bins of a space, which is open, or closes it.
+    fn set(&mut self, space: i64, queue: Option<(u32, u32)>);
+    fn get(&self, space: i64) -> Option<(u32, u32)>;
+}
+
+fn place(
+    lengths: &[i64],
+    items: &[u32],
+    capacity: i64,
+    mut open: impl Spaces,
+    order: &mut [i64],
+    offsets: &mut [i64],
+) -> Placed {
     let mut bin_of = Vec::with_capacity(items.len());
-    let mut counts: Vec<usize> = Vec::new();
-    for &item in &items {
-        let length = lengths[item];
-        let (bin, space) = match open.range_mut(length..).next() {
-            Some((&space, bins)) => {
-                let bin = bins.pop_front().expect("a space without bins is removed");
-                if bins.is_empty() {
-                    open.remove(&space);
-                }
-                (bin, space)
+    let mut counts: Vec<u32> = Vec::new();
+    // The bin behind each bin in the queue of their space.
+    let mut behind: Vec<u32> = Vec::new();
+    for &item in items {
+        let length = lengths[item as usize];
+        let (bin, space) = match open.best(length) {
+            Some((space, first, last)) => {
+                let rest = (first != last).then(|| (behind[first as usize], last));
+                open.set(space, rest);
+                (first, space)
             }
             None => {
                 counts.push(0);
-                (counts.len() - 1, capacity)
+                behind.push(NONE);
+                (counts.len() as u32 - 1, capacity)
             }
         };
         bin_of.push(bin);
-        counts[bin] += 1;
-        if space > length {
-            open.entry(space - length).or_default().push_back(bin);
+        counts[bin as usize] += 1;
+        let space = space - length;
+        if space > 0 {
+            let first = match open.get(space) {
+                Some((first, last)) => {
+                    behind[last as usize] = bin;
+                    first
+                }
+                None => bin,
+            };
+            open.set(space, Some((first, bin)));
         }
     }
 
     offsets[0] = 0;
     for (bin, &count) in counts.iter().enumerate() {
-        offsets[bin + 1] = offsets[bin] + count as i64;
+        offsets[bin + 1] = offsets[bin] + i64::from(count);
     }
-    let mut next: Vec<usize> = offsets[..counts.len()]
-        .iter()
-        .map(|&offset| offset as usize)
-        .collect();
+    let mut next = offsets[..counts.len()].to_vec();
     for (&item, &bin) in items.iter().zip(&bin_of) {
-        order[next[bin]] = item as i64;
-        next[bin] += 1;
+        let place = &mut next[bin as usize];
+        order[*place as usize] = i64::from(item);
+        *place += 1;
     }
     Placed {
         items: items.len(),
         bins: counts.len(),
+    }
+}
+
+/// Any capacity: a search tree.
+struct Tree(BTreeMap<i64, (u32, u32)>);
+
+impl Spaces for Tree {
+    fn best(&mut self, length: i64) -> Option<(i64, u32, u32)> {
+        let (&space, &(first, last)) = self.0.range(length..).next()?;
+        Some((space, first, last))
+    }
+
+    fn set(&mut self, space: i64, queue: Option<(u32, u32)>) {
+        match queue {
+            Some(queue) => self.0.insert(space, queue),
+            None => self.0.remove(&space),
+        };
+    }
+
+    fn get(&self, space: i64) -> Option<(u32, u32)> {
+        self.0.get(&space).copied()
+    }
+}
+
+/// One entry for each space, and bits that say which are open: each word of a level stands for 64 of the level below.
+struct Table {
+    queues: Vec<(u32, u32)>,
+    levels: Vec<Vec<u64>>,
+}
+
+impl Table {
+    fn new(capacity: i64) -> Self {
+        let mut levels = Vec::new();
+        let mut size = capacity as usize + 1;
+        while size > 1 || levels.is_empty() {
+            size = size.div_ceil(64);
+            levels.push(vec![0; size]);
+        }
+        Table {
+            queues: vec![(NONE, NONE); capacity as usize + 1],
+            levels,
+        }
+    }
+}
+
+impl Spaces for Table {
+    fn best(&mut self, length: i64) -> Option<(i64, u32, u32)> {
+        let mut at = length as usize;
+        let mut height = 0;
+        // Up to the first word with an open space not below `at`, then down to it.
+        loop {
+            let words = self.levels.get(height)?;
+            let bits = words
+                .get(at / 64)
+                .map_or(0, |word| word & (!0 << (at % 64)));
+            if bits != 0 {
+                at = at / 64 * 64 + bits.trailing_zeros() as usize;
+                break;
+            }
+            at = at / 64 + 1;
+            height += 1;
+        }
+        for level in self.levels[..height].iter().rev() {
+            at = at * 64 + level[at].trailing_zeros() as usize;
+        }
+        let (first, last) = self.queues[at];
+        Some((at as i64, first, last))
+    }
+
+    fn set(&mut self, space: i64, queue: Option<(u32, u32)>) {
+        let mut at = space as usize;
+        let was_open = self.queues[at].0 != NONE;
+        self.queues[at] = queue.unwrap_or((NONE, NONE));
+        if was_open == queue.is_some() {
+            return;
+        }
+        for level in &mut self.levels {
+            let word = &mut level[at / 64];
+            let before = *word;
+            *word ^= 1 << (at % 64);
+            // The level above changes only where this word became empty or stopped being so.
+            if before != 0 && *word != 0 {
+                return;
+            }
+            at /= 64;
+        }
+    }
+
+    fn get(&self, space: i64) -> Option<(u32, u32)> {
+        let queue = self.queues[space as usize];
+        (queue.0 != NONE).then_some(queue)
     }
 }
 
@@ -100,5 +266,35 @@ mod tests {
     #[test]
     fn capacity_costs_no_memory() {
         assert_eq!(bins(&[1, i64::MAX], i64::MAX), vec![vec![1], vec![0]]);
+    }
+
+    #[test]
+    fn the_table_and_the_tree_agree() {
+        let mut state = 1u64;
+        let mut random = |below: u64| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        for capacity in [1, 7, 63, 64, 65, 4095, 4096, 5000, 300_000] {
+            let lengths: Vec<i64> = (0..3000).map(|_| random(capacity + 1) as i64).collect();
+            let capacity = capacity as i64;
+            let items = descending(&lengths, capacity);
+            let mut sorted: Vec<u32> = (0..3000).filter(|&i| lengths[i as usize] > 0).collect();
+            sorted.sort_by_key(|&item| Reverse(lengths[item as usize]));
+            assert_eq!(items, sorted);
+            let mut results = Vec::new();
+            for tabled in [true, false] {
+                let (mut order, mut offsets) = (vec![-1; 3000], vec![-1; 3001]);
+                let placed = if tabled {
+                    let table = Table::new(capacity);
+                    place(&lengths, &items, capacity, table, &mut order, &mut offsets)
+                } else {
+                    let tree = Tree(BTreeMap::new());
+                    place(&lengths, &items, capacity, tree, &mut order, &mut offsets)
+                };
+                results.push((placed, order, offsets));
+            }
+            assert_eq!(results[0], results[1]);
+        }
     }
 }

@@ -4,9 +4,19 @@ import doctest
 
 import pytest
 
-from prefkern.data import advantages, groups, moments, returns, rewards, rollouts
+from prefkern.data import (
+    advantages,
+    groups,
+    moments,
+    padding_free,
+    returns,
+    rewards,
+    rollouts,
+    sampling,
+    sparsity,
+)
 
-MODULES = [advantages, groups, moments, returns, rewards, rollouts]
+MODULES = [advantages, groups, moments, padding_free, returns, rewards, rollouts, sampling, sparsity]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -6,20 +6,29 @@ from prefkern.data.collators import collate_pairs, collate_scored, collate_unpai
 from prefkern.data.groups import group_advantages
 from prefkern.data.moments import masked_stats, whiten
 from prefkern.data.packing import pack
+from prefkern.data.padding_free import flatten, unflatten
 from prefkern.data.returns import discounted_returns
 from prefkern.data.rewards import token_rewards
 from prefkern.data.rollouts import collate_rollouts
+from prefkern.data.sampling import TokenBatches, balance, token_batches
+from prefkern.data.sparsity import drop_zero_advantage
 
 __all__ = [
+    "TokenBatches",
+    "balance",
     "collate_pairs",
     "collate_rollouts",
     "collate_scored",
     "collate_unpaired",
     "discounted_returns",
+    "drop_zero_advantage",
+    "flatten",
     "gae",
     "group_advantages",
     "masked_stats",
     "pack",
+    "token_batches",
     "token_rewards",
+    "unflatten",
     "whiten",
 ]

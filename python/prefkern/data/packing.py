@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from prefkern import _check
-from prefkern.data._arrays import core, describe, indices, is_arrow, whole
+from prefkern.data._arrays import Array, core, describe, indices, is_arrow, whole
 from prefkern.types import Packs
 
 WHERE = "data.pack"
@@ -23,17 +23,22 @@ def pack(lengths: Any, capacity: int) -> Packs:
     row, where TRL would cut it: pass ``np.minimum(lengths, capacity)`` for that. So is a negative length.
     """
     capacity = whole(WHERE, "capacity", capacity, low=1)
-    items = indices(WHERE, "lengths", _from_arrow(lengths) if is_arrow(lengths) else lengths)
+    items = integers(WHERE, "lengths", lengths)
     order, offsets = np.empty(len(items), dtype=np.int64), np.empty(len(items) + 1, dtype=np.int64)
     placed, bins = core().pack(items, capacity, order, offsets)
     return Packs(order[:placed], offsets[: bins + 1].copy())
 
 
-def _from_arrow(lengths: Any) -> Any:
+def integers(where: str, name: str, value: Any) -> Array:
+    """Integers in a list, a numpy array, a torch CPU tensor or an Arrow array, as contiguous int64."""
+    return indices(where, name, _from_arrow(where, name, value) if is_arrow(value) else value)
+
+
+def _from_arrow(where: str, name: str, value: Any) -> Any:
     import pyarrow as pa  # an Arrow object was given, so that it is loaded
 
-    if not isinstance(lengths, pa.Array | pa.ChunkedArray) or not pa.types.is_integer(lengths.type):
-        _check.fail_type(WHERE, f"lengths must be an Arrow array of integers, got {describe(lengths)}")
-    if lengths.null_count:
-        _check.fail(WHERE, f"lengths[{lengths.is_null().index(True).as_py()}] is null")
-    return lengths.to_numpy()
+    if not isinstance(value, pa.Array | pa.ChunkedArray) or not pa.types.is_integer(value.type):
+        _check.fail_type(where, f"{name} must be an Arrow array of integers, got {describe(value)}")
+    if value.null_count:
+        _check.fail(where, f"{name}[{value.is_null().index(True).as_py()}] is null")
+    return value.to_numpy()

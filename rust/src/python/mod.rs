@@ -1,6 +1,7 @@
 //! Bindings: arguments are read as slices and checked, the interpreter is released, and the work is called.
 
 pub mod collate;
+pub mod flat;
 pub mod gae;
 pub mod groups;
 pub mod lists;
@@ -8,6 +9,7 @@ pub mod moments;
 pub mod packing;
 pub mod penalty;
 pub mod returns;
+pub mod sampling;
 mod shapes;
 
 use pyo3::prelude::*;

@@ -1,0 +1,155 @@
+//! Karmarkar-Karp over k parts: the largest differencing method, with the tie-breaks of verl's `karmarkar_karp`.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+const END: u32 = u32::MAX;
+
+/// Some items that go to one part: a list linked through `next`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Set {
+    sum: i64,
+    count: u32,
+    first: u32,
+    last: u32,
+}
+
+impl Set {
+    fn one(sum: i64, item: u32) -> Self {
+        Set {
+            sum,
+            count: 1,
+            first: item,
+            last: item,
+        }
+    }
+}
+
+impl Ord for Set {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let key = |set: &Self| (set.sum, set.count, set.first);
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Set {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// A division of some items into k parts, the largest first; those beyond the vector are empty.
+#[derive(PartialEq, Eq)]
+struct State {
+    spread: i64,
+    sets: Vec<Set>,
+}
+
+impl State {
+    fn new(mut sets: Vec<Set>, parts: usize) -> Self {
+        sets.sort_unstable_by(|a, b| b.cmp(a));
+        let least = if sets.len() == parts {
+            sets[parts - 1].sum
+        } else {
+            0
+        };
+        State {
+            spread: sets[0].sum - least,
+            sets,
+        }
+    }
+
+    /// The largest part of one with the smallest of the other, and so on.
+    fn merge(self, other: &State, parts: usize, next: &mut [u32]) -> State {
+        let mut sets = self.sets;
+        let filled = sets.len();
+        for (part, set) in other.sets.iter().enumerate().rev() {
+            match parts - 1 - part {
+                at if at < filled => {
+                    let into = &mut sets[at];
+                    next[into.last as usize] = set.first;
+                    into.sum += set.sum;
+                    into.count += set.count;
+                    into.last = set.last;
+                }
+                _ => sets.push(*set),
+            }
+        }
+        State::new(sets, parts)
+    }
+}
+
+impl Ord for State {
+    /// The one to be merged first is the greatest: the widest spread, then the largest part.
+    fn cmp(&self, other: &Self) -> Ordering {
+        (self.spread, self.sets[0]).cmp(&(other.spread, other.sets[0]))
+    }
+}
+
+impl PartialOrd for State {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// The part of every item, into `part_of`. There are at least `parts` items, `parts` divides their number where `equal`
+/// parts are asked for, none is negative and their sum fits.
+pub fn balance(lengths: &[i64], parts: usize, equal: bool, part_of: &mut [i64]) {
+    let mut items: Vec<u32> = (0..lengths.len() as u32).collect();
+    items.sort_by_key(|&item| lengths[item as usize]);
+    let each = if equal { parts } else { 1 };
+    let states = items.chunks(each).map(|items| {
+        let sets = items
+            .iter()
+            .map(|&item| Set::one(lengths[item as usize], item));
+        State::new(sets.collect(), parts)
+    });
+    let mut next = vec![END; lengths.len()];
+    let mut heap: BinaryHeap<State> = states.collect();
+    while let Some(widest) = heap.pop() {
+        match heap.pop() {
+            Some(second) => heap.push(widest.merge(&second, parts, &mut next)),
+            None => {
+                for (part, set) in widest.sets.iter().enumerate() {
+                    let mut item = set.first;
+                    while item != END {
+                        part_of[item as usize] = part as i64;
+                        item = next[item as usize];
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(lengths: &[i64], parts: usize, equal: bool) -> Vec<i64> {
+        let mut part_of = vec![-1; lengths.len()];
+        balance(lengths, parts, equal, &mut part_of);
+        part_of
+    }
+
+    #[test]
+    fn the_textbook_example() {
+        // 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2: {8, 6} and {7, 5, 4}
+        assert_eq!(parts(&[8, 7, 6, 5, 4], 2, false), [1, 0, 1, 0, 0]);
+    }
+
+    #[test]
+    fn equal_parts_hold_as_many_items() {
+        let part_of = parts(&[100, 1, 1, 1, 1, 1], 2, true);
+        assert_eq!(part_of.iter().filter(|&&part| part == 0).count(), 3);
+    }
+
+    #[test]
+    fn as_many_parts_as_items() {
+        let mut part_of = parts(&[5, 0, 0], 3, false);
+        part_of.sort_unstable();
+        assert_eq!(part_of, [0, 1, 2]);
+        assert_eq!(parts(&[5, 1], 1, false), [0, 0]);
+        assert!(parts(&[], 1, false).is_empty());
+    }
+}

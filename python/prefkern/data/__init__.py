@@ -2,8 +2,10 @@
 Arrow list arrays in, read without a copy where their memory allows it."""
 
 from prefkern.data.advantages import gae
+from prefkern.data.arrow_rows import ArrowRows
 from prefkern.data.collators import collate_pairs, collate_scored, collate_unpaired
 from prefkern.data.groups import group_advantages
+from prefkern.data.language import collate_language
 from prefkern.data.moments import masked_stats, whiten
 from prefkern.data.packing import pack
 from prefkern.data.padding_free import flatten, unflatten
@@ -14,8 +16,10 @@ from prefkern.data.sampling import TokenBatches, balance, token_batches
 from prefkern.data.sparsity import drop_zero_advantage
 
 __all__ = [
+    "ArrowRows",
     "TokenBatches",
     "balance",
+    "collate_language",
     "collate_pairs",
     "collate_rollouts",
     "collate_scored",

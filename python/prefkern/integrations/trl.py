@@ -11,6 +11,7 @@ three products, exact logits, and rows held only as far as TRL's own peak memory
 reached too: TRL looks the function up at every call.
 """
 
+import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from prefkern._check import MissingDependency, fail, require
 from prefkern.integrations import trl_memory
+from prefkern.integrations.replaced import Replaced
 from prefkern.logprobs import linear_token_logprobs
 
 __all__ = ["MissingDependency", "Patch", "patch", "unpatch"]
@@ -109,14 +111,15 @@ def _kept(packed: tuple[Tensor, int]) -> Tensor:
 
 
 _head = _Head()
-_replaced: dict[str, Any] = {}
+_replaced_head, _replaced_data = Replaced(), Replaced()
 
 
 class Patch:
     """What `patch` returns. As a context manager it ends the replacement at the end of the block, if it began it."""
 
-    def __init__(self) -> None:
-        self._began = _install()
+    def __init__(self, *, collators: bool = False) -> None:
+        self._collators = collators
+        self._began = _install(collators)
         self._calls = _head.calls
 
     @property
@@ -125,56 +128,61 @@ class Patch:
         return _head.calls - self._calls
 
     def __enter__(self) -> "Patch":
-        self._began = _install() or self._began
+        self._began += _install(self._collators)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._began:
-            self._began = False
-            unpatch()
+        while self._began:
+            self._began.pop().undo()
 
 
-def patch() -> Patch:
+def patch(*, collators: bool = False) -> Patch:
     """Replaces TRL's head in this process, for trainers made before and after; patching twice changes nothing.
 
     Supports gradient checkpointing of the backbone, activation offloading, gradient accumulation, autocast, softcap,
     logit scale, PEFT adapters outside the head, and the entropy as a metric or with a gradient. On the CPU only the
     scored positions are computed; TRL's own path computes all of them there.
 
+    ``collators=True`` also replaces the collators of the DPO, KTO, SFT and reward trainers that are made from then on
+    by those of `prefkern.integrations.trl_collators`, lets their dataloaders fetch rows as Arrow, and lets the DPO and
+    KTO trainers take datasets of `prefkern.data.prepare` as they are: batches are equal, the time to make them is not.
+
     Raises:
         MissingDependency: TRL is not installed.
         ImportError: its version is not one of those that this replacement is known to fit.
     """
-    return Patch()
+    return Patch(collators=collators)
 
 
 def unpatch() -> None:
-    """Gives TRL its own head back; does nothing where `patch` is not in force."""
-    if not _replaced:
-        return
-    utils = require("trl.trainer.utils", *_INSTALL)
-    for name, value in _replaced.items():
-        setattr(utils, name, value)
-    _replaced.clear()
+    """Gives TRL its own head, collators and dataloaders back; does nothing where `patch` is not in force."""
+    _replaced_head.undo()
+    _replaced_data.undo()
 
 
 _INSTALL = ("prefkern.integrations.trl", "pip install 'prefkern[trl]'")
 
 
-def _install() -> bool:
-    """Replaces TRL's function; False where that was done before."""
-    if _replaced:
-        return False
-    utils: Any = _supported_trl()
-    _replaced["_ChunkedLogProbFunction"] = utils._ChunkedLogProbFunction
-    utils._ChunkedLogProbFunction = _head
-    compacts = getattr(utils, "_use_triton", None)
-    if compacts is not None:  # TRL's switch for handing over scored positions only
-        _replaced["_use_triton"] = compacts
-        utils._use_triton = lambda device: device.type == "cpu" or compacts(device)
-    return True
+def _install(collators: bool) -> list[Replaced]:
+    """Replaces what was not replaced before, and says what that was."""
+    wanted = [_replaced_head] + [_replaced_data] * collators
+    began = [replaced for replaced in wanted if not replaced]
+    utils: Any = _supported_trl() if _replaced_head in began else None
+    data: Any = None
+    if _replaced_data in began:
+        data = importlib.import_module("prefkern.integrations.trl_data")
+        if not data.fits():
+            raise _unknown()
+    if utils is not None:
+        _replaced_head.set(utils, "_ChunkedLogProbFunction", _head)
+        compacts = getattr(utils, "_use_triton", None)
+        if compacts is not None:  # TRL's switch for handing over scored positions only
+            _replaced_head.set(utils, "_use_triton", lambda device: device.type == "cpu" or compacts(device))
+    if data is not None:
+        data.replace(_replaced_data)
+    return began
 
 
 def _supported_trl() -> ModuleType:
@@ -187,8 +195,12 @@ def _supported_trl() -> ModuleType:
         require("triton", "TRL 1.15's head", "pip install triton")
     found = "" if function is None else ", ".join(inspect.signature(function.forward).parameters)
     if not _FIRST <= numbers < _BELOW or found != _SIGNATURE:
-        raise ImportError(
-            f"prefkern.{_WHERE}: TRL {version} is not known to fit this replacement, which works with {_WORKS}; "
-            "nothing was replaced"
-        )
+        raise _unknown()
     return utils
+
+
+def _unknown() -> ImportError:
+    return ImportError(
+        f"prefkern.{_WHERE}: TRL {importlib.metadata.version('trl')} is not known to fit this replacement, which works "
+        f"with {_WORKS}; nothing was replaced"
+    )

@@ -1,5 +1,6 @@
 """What the public functions return, and the literals they accept. Results are read by name, never by position."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -108,6 +109,50 @@ class Packs(NamedTuple):
 
     order: NDArray[np.int64]
     offsets: NDArray[np.int64]
+
+
+class RefusedRow(NamedTuple):
+    """A row that cannot be used: its number in the dataset, from 0 (in a file the number of its line less one)."""
+
+    row: int
+    reason: str
+
+
+class Prepared(NamedTuple):
+    """What `prefkern.data.prepare` made of the rows, and what it recognised in them; its ``str`` is one line."""
+
+    dataset: Any
+    """A ``datasets.Dataset`` of token ids, in the order of the rows."""
+    format: str
+    columns: Mapping[str, str]
+    """The source's name of each column that was read."""
+    rows: int
+    """Rows that were read, refused ones included."""
+    conversational: int
+    """Rows of messages; the others are text."""
+    merged: int
+    """Rows whose prompt ends in tokens that come out otherwise when the completion follows; these tokens belong to the
+    completion."""
+    cut: int
+    """Rows that max_length cut."""
+    refused: tuple[RefusedRow, ...]
+    unused: tuple[str, ...]
+    """Columns of the source that were left out."""
+
+    def __str__(self) -> str:
+        kinds = {0: "text", self.rows - len(self.refused): "conversations"}
+        kind = kinds.get(self.conversational, f"{self.conversational} of them conversations")
+        notes = [
+            f"{len(self.refused)} refused",
+            f"{self.cut} cut to max_length",
+            f"{self.merged} merged at the boundary",
+        ]
+        if self.unused:
+            notes.append(f"columns left out: {', '.join(self.unused)}")
+        notes = [note for note in notes if not note.startswith("0 ")]
+        read = ", ".join(name if name == column else f"{name} (from {column})" for name, column in self.columns.items())
+        made = ", ".join(self.dataset.column_names)
+        return f"{self.format} ({kind}): {self.rows} rows of {read} -> {made}{''.join(f'; {note}' for note in notes)}"
 
 
 class MaskedStats(NamedTuple):

@@ -9,6 +9,7 @@ from prefkern.data.language import collate_language
 from prefkern.data.moments import masked_stats, whiten
 from prefkern.data.packing import pack
 from prefkern.data.padding_free import flatten, unflatten
+from prefkern.data.prepare import RefusedRows, prepare
 from prefkern.data.returns import discounted_returns
 from prefkern.data.rewards import token_rewards
 from prefkern.data.rollouts import collate_rollouts
@@ -17,6 +18,7 @@ from prefkern.data.sparsity import drop_zero_advantage
 
 __all__ = [
     "ArrowRows",
+    "RefusedRows",
     "TokenBatches",
     "balance",
     "collate_language",
@@ -31,6 +33,7 @@ __all__ = [
     "group_advantages",
     "masked_stats",
     "pack",
+    "prepare",
     "token_batches",
     "token_rewards",
     "unflatten",

@@ -134,7 +134,7 @@ class Prepared(NamedTuple):
     """Rows whose prompt ends in tokens that come out otherwise when the completion follows; these tokens belong to the
     completion."""
     cut: int
-    """Rows that max_length cut."""
+    """Rows with more than max_length tokens, which are cut."""
     refused: tuple[RefusedRow, ...]
     unused: tuple[str, ...]
     """Columns of the source that were left out."""

@@ -187,6 +187,10 @@ def test_max_length_cuts_as_the_collators_do(words: Any) -> None:
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
     refused = quiet(rows, words, max_length=3, on_bad="report").refused
     assert refused == ((1, "the prompt alone fills max_length=3"),)
+    single = [{"prompt": "ab", "completion": text, "label": True} for text in ("c", "cdefghij")]
+    unpaired = quiet(single, words, max_length=4)
+    assert unpaired.dataset["completion_ids"][:] == [ids("c~"), ids("cdef")]  # behind an empty prompt these would show
+    assert unpaired.cut == 1
     joined = quiet(rows, words, max_length=5, join_prompt=True, on_bad="report")
     assert joined.refused == ((1, "prompt and chosen have more than max_length=5 tokens"),)
 

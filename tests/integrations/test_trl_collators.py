@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl.trainer import dpo_trainer, reward_trainer, sft_trainer
+from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 
 from prefkern.integrations import trl_collators as ours
 
@@ -18,6 +18,7 @@ PAIRS = [
     (ours.DataCollatorForPreference, dpo_trainer.DataCollatorForPreference),
     (ours.DataCollatorForLanguageModeling, sft_trainer.DataCollatorForLanguageModeling),
     (ours.RewardDataCollatorForPreference, reward_trainer.DataCollatorForPreference),
+    (ours.DataCollatorForUnpairedPreference, kto_trainer.DataCollatorForUnpairedPreference),
 ]
 token = st.integers(0, 2**31 - 1)
 multiple = st.sampled_from([None, 1, 3, 8])
@@ -67,6 +68,25 @@ def test_preference(data: st.DataObject) -> None:
         pad_token_id=data.draw(token),
         max_length=data.draw(st.none() | st.integers(longest + 1, longest + 12)),
         truncation_mode=data.draw(st.sampled_from(["keep_start", "keep_end"])),
+        pad_to_multiple_of=data.draw(multiple),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_unpaired_preference(data: st.DataObject) -> None:
+    row = st.fixed_dictionaries({"prompt_ids": ids(), "completion_ids": ids(1), "label": st.booleans()})
+    rows = data.draw(st.lists(row, min_size=1, max_size=5))
+    if data.draw(st.booleans()):
+        rows = [row | {"KL_completion_ids": data.draw(ids(1)), "ref_KL_logps": -3.0} for row in rows]
+    if data.draw(st.booleans()):
+        rows = [row | {"ref_logps": -0.3 * i} for i, row in enumerate(rows)]
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    check(
+        3,
+        rows,
+        pad_token_id=data.draw(token),
+        max_length=data.draw(st.none() | st.integers(longest + 1, longest + 12)),
         pad_to_multiple_of=data.draw(multiple),
     )
 
@@ -126,9 +146,9 @@ def test_an_empty_row_beside_others() -> None:
         ([{"input_ids": [1]}, {"input_ids": [2, -3]}], r"input_ids\[1\] must hold no negative ids, got -3"),
         ([{"input_ids": []}], "at least one token"),
         ([], "at least one token"),
-        ([{"input_ids": [1]}, {"labels": [2]}], r"rows\[1\] must be a dict with input_ids"),
+        ([{"input_ids": [1]}, {"labels": [2]}], r"rows\[1\] must have the keys input_ids"),
         ([{"input_ids": [1.5]}], r"input_ids\[0\]\[0\]"),
-        ({"labels": [[1]]}, r"must have the column input_ids, got \['labels'\]"),
+        ({"labels": [[1]]}, r"must have the columns input_ids; input_ids is missing from \['labels'\]"),
         ({"input_ids": [[1], [2]], "seq_lengths": [[1]]}, "same number of rows, got 2 and 1"),
         (
             [{"input_ids": [1, 2], "seq_lengths": [2]}, {"input_ids": [3, 4], "seq_lengths": [1]}],

@@ -7,10 +7,10 @@ import tiny_trl as tiny
 import torch
 import trl
 from datasets import Dataset
-from trl.trainer import dpo_trainer, reward_trainer, sft_trainer
+from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 from trl.trainer import utils as trl_utils
 
-from prefkern.data import ArrowRows
+from prefkern.data import ArrowRows, prepare
 from prefkern.integrations import trl_collators
 from prefkern.integrations.trl import patch, unpatch
 
@@ -20,11 +20,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 NAMES = {
     (dpo_trainer, "DataCollatorForPreference"): trl_collators.DataCollatorForPreference,
+    (kto_trainer, "DataCollatorForUnpairedPreference"): trl_collators.DataCollatorForUnpairedPreference,
     (reward_trainer, "DataCollatorForPreference"): trl_collators.RewardDataCollatorForPreference,
     (sft_trainer, "DataCollatorForLanguageModeling"): trl_collators.DataCollatorForLanguageModeling,
 }
 THEIRS = {place: getattr(*place) for place in NAMES}
-TRAINERS = (trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer)
+TRAINERS = (trl.DPOTrainer, trl.KTOTrainer, trl.SFTTrainer, trl.RewardTrainer)
 METHODS = {cls: dict(vars(cls)) for cls in TRAINERS}
 HEAD = trl_utils._ChunkedLogProbFunction
 
@@ -96,9 +97,14 @@ def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         changed.setattr("importlib.metadata.version", lambda name: "1.17.0")
         with pytest.raises(ImportError, match=r"TRL 1\.17\.0 .*nothing was replaced"):
             patch(collators=True)
+        changed.setattr("importlib.metadata.version", lambda name: "1.15.2")
+        message = r"TRL 1\.15\.2 is not known to fit patch\(collators=True\), which works with TRL 1\.16 .*nothing was"
+        with pytest.raises(ImportError, match=message):
+            patch(collators=True)
+        assert trl_utils._ChunkedLogProbFunction is HEAD
 
 
-@pytest.mark.parametrize("kind", ["dpo", "sft"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
 @pytest.mark.parametrize("options", [{}, {"max_length": 6}, {"dataloader_num_workers": 1}], ids=str)
 def test_the_same_training(kind: str, options: dict, tmp_path: Path) -> None:
     if kind == "sft" and not options:
@@ -143,6 +149,22 @@ def test_a_collator_of_one_s_own_gets_row_dicts(tmp_path: Path) -> None:
         made.train()
     assert len(seen) >= 4
     assert all(set(row) == {"prompt_ids", "chosen_ids", "rejected_ids"} for row in seen)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+def test_prepared_datasets_train_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL on its own with the texts, and on the dataset that `prepare` made of them."""
+    start, texts = tiny.model(), tiny.dataset(kind)
+    options = {"max_length": 9, "per_device_train_batch_size": 5}
+    expected = tiny.run(kind, tmp_path, start, **options)
+    made = prepare(texts, tiny.tokenizer(), max_length=9, progress=False)
+    assert made.cut > 0
+    monkeypatch.setattr(tiny, "dataset", lambda kind: made.dataset)
+    with patch(collators=True):
+        got = tiny.run(kind, tmp_path, start, **options)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), "only the head differs"
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 def pairs(rows: int = 12) -> Dataset:

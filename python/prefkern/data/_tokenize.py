@@ -135,7 +135,9 @@ class Tokenize:
             if shared >= options.max_length:
                 raise Refuse(f"the prompt alone fills max_length={options.max_length}")
             cut = sum(max(0, len(ids) - options.max_length) for ids in whole)
-            whole = [ids[: options.max_length] for ids in whole]
+            # KTO's baseline puts a completion behind prompts of other lengths: it is cut as far as none of them shows
+            spared = shared if options.format == "unpaired" else 0
+            whole = [ids[: options.max_length + spared] for ids in whole]
         result: dict[str, Any] = {MERGED: len(prompt) - shared, CUT: cut}
         if options.format == "sft":
             return result | {"input_ids": whole[0], "labels": [IGNORED] * shared + whole[0][shared:]}

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from prefkern import _check
-from prefkern.data._arrays import Array, describe, is_arrow, packed, whole
-from prefkern.data._ragged import Ragged, ragged, same_rows
+from prefkern.data._arrays import Array, whole
+from prefkern.data._ragged import Ragged, same_rows
+from prefkern.data._rows import columns, ids
 
 WHERE = "data.collate_language"
-COLUMNS = ("input_ids", "labels", "seq_lengths")
 IGNORED = -100
 
 
@@ -40,27 +40,27 @@ def collate_language(
     """
     pad_token_id = whole(WHERE, "pad_token_id", pad_token_id, low=0)
     multiple = 1 if pad_to_multiple_of is None else whole(WHERE, "pad_to_multiple_of", pad_to_multiple_of, low=1)
-    columns = _columns(rows)
-    ids = _integers("input_ids", columns["input_ids"])
-    if ids.values.size == 0:
+    given = _columns(rows)
+    tokens = _integers("input_ids", given["input_ids"])
+    if tokens.values.size == 0:
         _check.fail(WHERE, "rows must hold at least one token, got none")
-    if ids.values.min() < 0:
-        at = int(np.argmax(ids.values < 0))
-        row = int(np.searchsorted(ids.offsets, at, side="right")) - 1
-        _check.fail(WHERE, f"input_ids[{row}] must hold no negative ids, got {ids.values[at]}")
-    labels = ids.values
-    if "labels" in columns:
-        given = _integers("labels", columns["labels"])
-        same_rows(WHERE, "labels", given, "input_ids", ids)
-        labels = given.values
+    if tokens.values.min() < 0:
+        at = int(np.argmax(tokens.values < 0))
+        row = int(np.searchsorted(tokens.offsets, at, side="right")) - 1
+        _check.fail(WHERE, f"input_ids[{row}] must hold no negative ids, got {tokens.values[at]}")
+    labels = tokens.values
+    if "labels" in given:
+        labelled = _integers("labels", given["labels"])
+        same_rows(WHERE, "labels", labelled, "input_ids", tokens)
+        labels = labelled.values
     positions = None
     if padding_free or return_position_ids:
-        positions = _positions(_sequences(columns, ids))
+        positions = _positions(_sequences(given, tokens))
     if padding_free:
-        return _flat(ids.values, labels, positions, pad_token_id, multiple)
-    lengths = np.diff(ids.offsets)
+        return _flat(tokens.values, labels, positions, pad_token_id, multiple)
+    lengths = np.diff(tokens.offsets)
     inside = np.arange(-(-int(lengths.max()) // multiple) * multiple) < lengths[:, None]
-    batch = {"input_ids": _padded(ids.values, inside, pad_token_id), "labels": _padded(labels, inside, IGNORED)}
+    batch = {"input_ids": _padded(tokens.values, inside, pad_token_id), "labels": _padded(labels, inside, IGNORED)}
     if positions is not None:
         batch["position_ids"] = _padded(positions, inside, 0)
     batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
@@ -94,13 +94,13 @@ def _padded(values: Array, inside: Array, padding: int) -> torch.Tensor:
     return torch.from_numpy(filled)
 
 
-def _sequences(columns: Mapping[str, Any], ids: Ragged) -> Array:
+def _sequences(given: Mapping[str, Any], tokens: Ragged) -> Array:
     """The lengths of the sequences, in order: the rows', or those that were packed into rows."""
-    lengths = np.diff(ids.offsets)
-    if "seq_lengths" not in columns:
+    lengths = np.diff(tokens.offsets)
+    if "seq_lengths" not in given:
         return lengths
-    parts = _integers("seq_lengths", columns["seq_lengths"])
-    if len(parts.offsets) != len(ids.offsets):
+    parts = _integers("seq_lengths", given["seq_lengths"])
+    if len(parts.offsets) != len(tokens.offsets):
         _check.fail(
             WHERE,
             f"input_ids and seq_lengths must have the same number of rows, got {len(lengths)} and "
@@ -125,31 +125,15 @@ def _positions(lengths: Array) -> Array:
 
 
 def _integers(name: str, column: Any) -> Ragged:
-    values, offsets = ragged(WHERE, name, column, integers=True)
-    if values.dtype.kind not in "iu" or not np.can_cast(values.dtype, np.int64):
-        _check.fail_type(WHERE, f"{name} must hold integers that fit int64, got {values.dtype}")
-    return Ragged(packed(values.astype(np.int64, copy=False)), offsets)
+    values, offsets = ids(WHERE, name, column)
+    return Ragged(values.astype(np.int64, copy=False), offsets)
 
 
 def _columns(rows: Any) -> Mapping[str, Any]:
-    """The known columns of rows of any kind, by name; rows without ``labels`` among others with them get their ids."""
-    if isinstance(rows, list | tuple):
-        for index, row in enumerate(rows):
-            if not isinstance(row, Mapping) or "input_ids" not in row:
-                _check.fail_type(WHERE, f"rows[{index}] must be a dict with input_ids, got {describe(row)}")
-        columns = {"input_ids": [row["input_ids"] for row in rows]}
-        if any("labels" in row for row in rows):
-            columns["labels"] = [row.get("labels", row["input_ids"]) for row in rows]
-        if any("seq_lengths" in row for row in rows):
-            columns["seq_lengths"] = [row.get("seq_lengths", [len(row["input_ids"])]) for row in rows]
-        return columns
-    if is_arrow(rows) and hasattr(rows, "column_names"):
-        names = rows.column_names
-        rows = {name: rows.column(name) for name in COLUMNS if name in names}
-    if not isinstance(rows, Mapping):
-        _check.fail_type(
-            WHERE, f"rows must be a list of dicts, a dict of columns or a pyarrow.Table, got {type(rows).__name__}"
-        )
-    if "input_ids" not in rows:
-        _check.fail(WHERE, f"rows must have the column input_ids, got {list(rows)}")
-    return rows
+    """The known columns by name; a row without labels among others with them gets its ids."""
+    if isinstance(rows, list | tuple) and any(isinstance(row, Mapping) and "labels" in row for row in rows):
+        rows = [
+            {"labels": row["input_ids"], **row} if isinstance(row, Mapping) and "input_ids" in row else row
+            for row in rows
+        ]
+    return columns(WHERE, rows, ("input_ids",), ("labels", "seq_lengths"))

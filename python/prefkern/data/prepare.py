@@ -66,8 +66,9 @@ def prepare(
     As TRL does: the end-of-sequence token is put behind text that does not end with it (not behind conversations;
     ``add_eos=False``: nowhere); the prompt ends where the tokens of prompt and prompt + completion part, and ``merged``
     counts the rows where that is before its own end. ``max_length`` cuts sequences at their end, where TRL's collators
-    cut them. ``join_prompt=True`` gives ``chosen_ids`` and ``rejected_ids`` with the prompt in them and never cut, as
-    TRL's RewardTrainer takes them.
+    cut them; ``unpaired`` completions only to ``max_length`` tokens of their own, since KTO's baseline reads them
+    behind other prompts (`collate_unpaired` cuts the rest). ``join_prompt=True`` gives ``chosen_ids`` and
+    ``rejected_ids`` with the prompt in them and never cut, as TRL's RewardTrainer takes them.
 
     Rows are refused, with their numbers (from 0; in a file the number of the line less one) and the reason, for:
     fields that are missing, null or of a wrong type, empty completions, numbers that are not finite, labels that are

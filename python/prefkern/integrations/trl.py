@@ -173,8 +173,8 @@ def _install(collators: bool) -> list[Replaced]:
     data: Any = None
     if _replaced_data in began:
         data = importlib.import_module("prefkern.integrations.trl_data")
-        if not data.fits():
-            raise _unknown()
+        if _version() < data.FIRST or not data.fits():
+            raise _unknown("patch(collators=True)", data.WORKS)
     if utils is not None:
         _replaced_head.set(utils, "_ChunkedLogProbFunction", _head)
         compacts = getattr(utils, "_use_triton", None)
@@ -188,19 +188,23 @@ def _install(collators: bool) -> list[Replaced]:
 def _supported_trl() -> ModuleType:
     """TRL's module, if its version and the signature of its function are those this file was written for."""
     utils = require("trl.trainer.utils", *_INSTALL)
-    version = importlib.metadata.version("trl")
-    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    numbers = _version()
     function = getattr(utils, "_ChunkedLogProbFunction", None)
     if function is None and numbers == _FIRST:
         require("triton", "TRL 1.15's head", "pip install triton")
     found = "" if function is None else ", ".join(inspect.signature(function.forward).parameters)
     if not _FIRST <= numbers < _BELOW or found != _SIGNATURE:
-        raise _unknown()
+        raise _unknown("this replacement", _WORKS)
     return utils
 
 
-def _unknown() -> ImportError:
+def _version() -> tuple[int, ...]:
+    numbers = importlib.metadata.version("trl").split(".")[:2]
+    return tuple(int(part) if part.isdigit() else 0 for part in numbers)
+
+
+def _unknown(what: str, works: str) -> ImportError:
+    version = importlib.metadata.version("trl")
     return ImportError(
-        f"prefkern.{_WHERE}: TRL {importlib.metadata.version('trl')} is not known to fit this replacement, which works "
-        f"with {_WORKS}; nothing was replaced"
+        f"prefkern.{_WHERE}: TRL {version} is not known to fit {what}, which works with {works}; nothing was replaced"
     )

@@ -18,9 +18,14 @@ from typing import Any, ClassVar
 import torch
 
 from prefkern._check import fail, one_of
-from prefkern.data import collate_language, collate_pairs
+from prefkern.data import collate_language, collate_pairs, collate_unpaired
 
-__all__ = ["DataCollatorForLanguageModeling", "DataCollatorForPreference", "RewardDataCollatorForPreference"]
+__all__ = [
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForPreference",
+    "DataCollatorForUnpairedPreference",
+    "RewardDataCollatorForPreference",
+]
 
 _WHERE = "integrations.trl_collators"
 
@@ -65,6 +70,27 @@ class DataCollatorForPreference(_Collator):
             pad_token_id=self.pad_token_id,
             max_length=self.max_length,
             truncation_mode=self.truncation_mode,  # type: ignore[arg-type]
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+
+
+@dataclass
+class DataCollatorForUnpairedPreference(_Collator):
+    """Of the KTO trainer: `prefkern.data.collate_unpaired` of ``prompt_ids``, ``completion_ids``, ``label`` and, where
+    rows have them, the ``KL_completion_ids`` of its baseline."""
+
+    stands_for: ClassVar[str] = "trl.trainer.kto_trainer.DataCollatorForUnpairedPreference"
+
+    pad_token_id: int
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: Any) -> dict[str, Any]:
+        return collate_unpaired(
+            examples,
+            pad_token_id=self.pad_token_id,
+            max_length=self.max_length,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
 

@@ -12,6 +12,8 @@ from prefkern.data import ArrowRows
 from prefkern.integrations import trl_collators
 from prefkern.integrations.replaced import Replaced
 
+FIRST = (1, 16)
+WORKS = "TRL 1.16 (pip install 'trl>=1.16,<1.17')"
 _WHERE = "integrations.trl"
 _PREPARE = ["self", "dataset", "processing_class", "args"]
 _OURS = tuple(getattr(trl_collators, name) for name in trl_collators.__all__)
@@ -31,6 +33,12 @@ class _Trainer(NamedTuple):
 
 _TRAINERS = (
     _Trainer("dpo_trainer", "DPOTrainer", "DataCollatorForPreference", trl_collators.DataCollatorForPreference),
+    _Trainer(
+        "kto_trainer",
+        "KTOTrainer",
+        "DataCollatorForUnpairedPreference",
+        trl_collators.DataCollatorForUnpairedPreference,
+    ),
     _Trainer(
         "sft_trainer",
         "SFTTrainer",
@@ -98,6 +106,25 @@ def _take_pairs(trainer: Any, dataset: Any, args: Any) -> Any:
     return dataset
 
 
+def _take_unpaired(trainer: Any, dataset: Any, args: Any) -> Any:
+    """The same for KTO, with the mismatched completions of its baseline: each prompt gets the one of the row before it,
+    within the batches that TRL makes them in."""
+    if not {"prompt_ids", "completion_ids", "label"} <= set(dataset.column_names or ()):
+        return None
+    _check_prompts(dataset, args.max_length)
+    if not trainer.calculate_KL or "KL_completion_ids" in dataset.column_names:
+        return dataset
+    batches = {"batched": True, "batch_size": args.per_device_train_batch_size}
+    if hasattr(dataset, "__len__"):  # a datasets.IterableDataset takes neither
+        batches |= {"num_proc": args.dataset_num_proc, "desc": "Pairing prompts with other completions"}
+    return dataset.map(_shifted, **batches)
+
+
+def _shifted(rows: Any) -> dict[str, Any]:
+    completions = list(rows["completion_ids"])
+    return {"KL_completion_ids": completions[-1:] + completions[:-1]}
+
+
 def _take_joined(trainer: Any, dataset: Any, args: Any) -> Any:
     if "prompt_ids" in (dataset.column_names or ()):
         fail(
@@ -128,4 +155,4 @@ def _check_prompts(dataset: Any, max_length: int | None) -> None:
         )
 
 
-_TAKE = {"DPOTrainer": _take_pairs, "RewardTrainer": _take_joined}
+_TAKE = {"DPOTrainer": _take_pairs, "KTOTrainer": _take_unpaired, "RewardTrainer": _take_joined}

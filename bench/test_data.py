@@ -5,7 +5,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from prefkern.data import collate_pairs, gae, pack
+from prefkern.data import ArrowRows, collate_pairs, gae, pack
+from prefkern.integrations.trl_collators import DataCollatorForPreference
 
 GAMMA, LAM = 0.99, 0.95
 
@@ -81,3 +82,31 @@ def test_collate_pairs(benchmark, name):
         benchmark(theirs, rows)
     else:
         benchmark(collate_pairs, rows if name.endswith("lists") else table, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", ["TRL", "prefkern"])
+def test_fetch_and_collate_pairs(benchmark, name):
+    """What a DataLoader does for one batch: rows out of a dataset, and tensors of them."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    datasets = pytest.importorskip("datasets")
+    generator = np.random.default_rng(0)
+    longest = {"prompt_ids": 600, "chosen_ids": 900, "rejected_ids": 900}
+    dataset = datasets.Dataset.from_list(
+        [
+            {
+                column: generator.integers(0, 50_000, generator.integers(100, high)).tolist()
+                for column, high in longest.items()
+            }
+            for _ in range(1000)
+        ]
+    )
+    indices = generator.permutation(len(dataset))[:64].tolist()
+    loaders = {
+        "TRL": (dataset, trainer.DataCollatorForPreference(pad_token_id=0)),
+        "prefkern": (ArrowRows(dataset), DataCollatorForPreference(pad_token_id=0)),
+    }
+    batches = [collate(rows.__getitems__(indices)) for rows, collate in loaders.values()]
+    assert all(torch.equal(batches[1][key], want) for key, want in batches[0].items())
+    rows, collate = loaders[name]
+    benchmark.group = "fetch and collate 64 pairs"
+    benchmark(lambda: collate(rows.__getitems__(indices)))

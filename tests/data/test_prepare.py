@@ -332,6 +332,8 @@ def test_completions_without_tokens(words: Any) -> None:
     with pytest.raises(RefusedRows, match=r"no end-of-sequence token to put behind text; pass add_eos=False"):
         quiet(rows[1:], bare)
     assert quiet(rows[1:], bare, add_eos=False).dataset["input_ids"][:] == [ids("ab"), ids("b")]
+    with pytest.raises(RefusedRows, match="it is a conversation, and the tokenizer has no chat template"):
+        quiet([{"prompt": user("a"), "completion": assistant("b")}], bare)
 
 
 def test_lines_of_a_file(words: Any, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ class Tokenize:
         return [prompt, *(prompt + (text if text.endswith(end) else text + end) for text in example.texts)]
 
     def _chat(self, example: Example) -> list[str]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise Refuse("it is a conversation, and the tokenizer has no chat template")
         prompt = example.prompt or []
         first = [] if self.options.joined else [(prompt, True)]
         strings = [""] if self.options.joined else []

@@ -1,0 +1,117 @@
+"""Checkpoints that are whole or absent, and resume bit for bit."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefkern import _check
+from prefkern._check import require
+
+if TYPE_CHECKING:
+    from prefkern.integrations.ppo.trainer import PPOTrainer
+
+STATE = "ppo.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def save(trainer: "PPOTrainer", folder: Path | None = None) -> Path:
+    """Model, optimiser and random state of every process, by accelerate; the trainer's own numbers beside them."""
+    target = folder or Path(trainer.args.output_dir) / f"checkpoint-{trainer.global_step}"
+    with _whole(trainer, target) as partial:
+        trainer.accelerator.save_state(str(partial), safe_serialization=False)
+        if trainer.accelerator.is_main_process:
+            state = {
+                "global_step": trainer.global_step,
+                "kl_coef": trainer.controller.coef,
+                "history": trainer.history,
+                "args": trainer.args.to_dict(),
+            }
+            (partial / STATE).write_text(json.dumps(state))  # floats are written so that they read back exactly
+    if folder is None and trainer.args.save_total_limit and trainer.accelerator.is_main_process:
+        for old in _all(target.parent)[: -trainer.args.save_total_limit]:
+            shutil.rmtree(old)
+    return target
+
+
+def load(trainer: "PPOTrainer", folder: Path) -> None:
+    file = folder / STATE
+    if not file.is_file():
+        _check.fail("PPOTrainer", f"{folder} must be a checkpoint of this trainer, got a folder without {STATE}")
+    state = json.loads(file.read_text())
+    changed = {
+        name: (value, now)
+        for name, now in plain(trainer.args.to_dict()).items()
+        if name in _SAME and (value := plain(state["args"]).get(name)) != now
+    }
+    if changed:
+        found = "; ".join(f"{name}: {value!r} there, {now!r} here" for name, (value, now) in changed.items())
+        _check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
+    trainer.accelerator.load_state(str(folder))
+    trainer.global_step = state["global_step"]
+    trainer.controller.coef = state["kl_coef"]
+    trainer.history = state["history"]
+
+
+_SAME = ("seed", "batch_size")
+"""What the position in the data is counted with."""
+
+
+def newest(output_dir: str) -> Path | None:
+    """The checkpoint of the latest step, if there is one."""
+    return next(reversed(_all(Path(output_dir))), None)
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_pretrained(trainer: "PPOTrainer", folder: Path) -> None:
+    safetensors = require("safetensors.torch", "PPOTrainer.save_pretrained", "pip install 'prefkern[ppo]'")
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    with _whole(trainer, folder) as partial:
+        if not trainer.accelerator.is_main_process:
+            return
+        policy = {name.removeprefix("policy."): value for name, value in weights.items() if name.startswith("policy.")}
+        value = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith("value_")}
+        model = trainer.accelerator.unwrap_model(trainer.model).policy
+        model.save_pretrained(partial, state_dict=policy)
+        safetensors.save_file(value, str(partial / "value_model.safetensors"))
+        if trainer.tokenizer is not None:
+            trainer.tokenizer.save_pretrained(partial)
+
+
+@contextlib.contextmanager
+def _whole(trainer: "PPOTrainer", target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``target`` when all processes have written and all is on disk. Until then,
+    and where it fails, ``target`` is what it was."""
+    partial = target.with_name(f".{target.name}.partial")
+    main = trainer.accelerator.is_main_process
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    yield partial
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as JSON and trackers take them."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

@@ -1,0 +1,242 @@
+"""The options of PPO. Names and defaults are those of TRL 1.12's PPOConfig where it has them."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefkern import _check
+
+WHERE = "PPOConfig"
+
+
+@dataclass(kw_only=True)
+class PPOConfig:
+    """Options of `PPOTrainer`, checked when made.
+
+    Attributes:
+        learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+        lr_scheduler_type: ``constant``, or ``linear`` or ``cosine`` down to 0 over the steps of `PPOTrainer.train` (or
+            ``total_episodes``, for `PPOTrainer.step`).
+        warmup_steps: steps over which the learning rate rises to its value.
+        max_grad_norm: the gradient's norm is clipped to it; None does not clip.
+
+        batch_size: episodes (one query with its response) in a step of `PPOTrainer.train`, over all processes.
+        mini_batch_size, num_mini_batches: episodes between two optimiser steps, over all processes, or the number of
+            parts a rollout is cut into; one of them (by default one part).
+        per_device_train_batch_size, gradient_accumulation_steps: episodes of one forward and backward on one process,
+            or the number of parts a mini-batch is cut into there; one of them (by default one part). Neither changes a
+            gradient: every part is divided by the token count of the whole mini-batch.
+        local_rollout_forward_batch_size: episodes of one forward without a gradient, on one process.
+        num_ppo_epochs: passes over each rollout.
+        total_episodes: what `PPOTrainer.train` runs; by default the dataset once.
+
+        response_length: the most tokens that are generated.
+        temperature: of sampling, and of all log-probabilities.
+        stop_token, stop_token_id: ``"eos"``, or the id, at which a response ends. By default the tokenizer's.
+        missing_eos_penalty: subtracted from the score of a response without that token.
+
+        kl_coef, kl_estimator: the penalty on ``KL(policy || reference)`` and its estimate: k1 ``-x``, k2 ``x^2 / 2``,
+            k3 ``e^x - x - 1``, ``x = lp_ref - lp``.
+        kl_in: ``reward`` puts the penalty into the rewards of the tokens, ``loss`` adds it to the loss (k2 or k3).
+        kl_controller: ``fixed``, or ``adaptive``: after each step the coefficient is multiplied by
+            ``1 + clip(kl / kl_target - 1, -0.2, 0.2) episodes / kl_horizon``.
+        kl_target, kl_horizon: of the adaptive controller: summed over a response; in episodes.
+        target_kl: no further update in a step once ``E[(lp - lp_old)^2] / 2`` of a mini-batch exceeds 1.5 times this.
+
+        score_at: where a response's score is added: ``last``, its last scored token, or ``after_last``, the position
+            after it (TRL's place).
+        whiten_rewards: scale rewards to variance 1, keeping their mean.
+        whiten_advantages: shift and scale advantages to mean 0 and variance 1.
+        gamma, lam: discount and lambda of generalised advantage estimation.
+
+        cliprange, cliprange_high: distances of the ratio's clip below and above 1; above defaults to below.
+        dual_clip: the largest ratio that a negative advantage is multiplied by, above 1.
+        cliprange_value: of the value clip. vf_coef: weight of the value loss.
+        entropy_coef: weight of the entropy bonus.
+
+        reference: ``auto``: the model given, else the policy without its adapter (peft), else a frozen copy of it, or
+            none where ``kl_coef`` is 0; ``given``: `PPOTrainer.step` gets ``ref_logps``.
+        gradient_checkpointing: recompute the trunk in the backward. The head keeps what it needs by itself.
+        max_head_memory: bytes the head may hold from forward to backward (``max_memory`` of `linear_token_logprobs`).
+        mixed_precision: ``no``, ``bf16`` or ``fp16``; by default what accelerate was configured with.
+        seed: of everything random.
+
+        output_dir, save_steps, save_total_limit: a checkpoint every so many steps of `PPOTrainer.train`, the newest so
+            many kept. logging_steps: of trackers. report_to: names of accelerate's trackers. disable_tqdm.
+    """
+
+    learning_rate: float = 3e-6
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+
+    batch_size: int = 64
+    mini_batch_size: int | None = None
+    num_mini_batches: int | None = None
+    per_device_train_batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+    local_rollout_forward_batch_size: int = 64
+    num_ppo_epochs: int = 4
+    total_episodes: int | None = None
+
+    response_length: int = 53
+    temperature: float = 0.7
+    stop_token: Literal["eos"] | None = None
+    stop_token_id: int | None = None
+    missing_eos_penalty: float | None = None
+
+    kl_coef: float = 0.05
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: float = 6.0
+    kl_horizon: int = 10_000
+    target_kl: float | None = None
+
+    score_at: Literal["last", "after_last"] = "last"
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    gamma: float = 1.0
+    lam: float = 0.95
+
+    cliprange: float = 0.2
+    cliprange_high: float | None = None
+    dual_clip: float | None = None
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+
+    reference: Literal["auto", "given"] = "auto"
+    gradient_checkpointing: bool = False
+    max_head_memory: int | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    seed: int = 42
+
+    output_dir: str = "ppo"
+    save_steps: int | None = None
+    save_total_limit: int | None = 2
+    logging_steps: int = 1
+    report_to: str | tuple[str, ...] | None = None
+    disable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in _WHOLE.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                self._whole(name, value, low)
+        for name, interval in _REAL.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                setattr(self, name, _check.number(WHERE, name, value, **interval))
+        for name, allowed in _CHOICES.items():
+            _check.one_of(WHERE, name, getattr(self, name), allowed)
+        for first, second in _EITHER:
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                _check.fail(WHERE, f"{first} and {second} say the same thing: give one of them, not both")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            _check.fail(
+                WHERE,
+                "kl_in='loss' needs kl_estimator='k2' or 'k3', got 'k1', whose gradient knows no reference",
+            )
+
+    def _whole(self, name: str, value: Any, low: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            _check.fail(WHERE, f"{name} must be an integer of at least {low}, got {value!r}")
+
+    def parts(self, episodes: int) -> int:
+        """The number of mini-batches that so many episodes are cut into."""
+        if self.num_mini_batches is not None:
+            return self.num_mini_batches
+        return 1 if self.mini_batch_size is None else math.ceil(episodes / self.mini_batch_size)
+
+    def learning_rate_at(self, step: int, total: int | None) -> float:
+        """The learning rate of step 0, 1, ... of ``total``; constant where the total is not known."""
+        rate = self.learning_rate
+        if step < self.warmup_steps:
+            return rate * (step + 1) / (self.warmup_steps + 1)
+        if self.lr_scheduler_type == "constant" or total is None or total <= self.warmup_steps:
+            return rate
+        done = min((step - self.warmup_steps) / (total - self.warmup_steps), 1.0)
+        return rate * (1.0 - done) if self.lr_scheduler_type == "linear" else rate * (1 + math.cos(math.pi * done)) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+_POSITIVE: dict[str, Any] = {"low": 0.0, "open_low": True}
+_WHOLE = {
+    "warmup_steps": 0,
+    "batch_size": 1,
+    "mini_batch_size": 1,
+    "num_mini_batches": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "local_rollout_forward_batch_size": 1,
+    "num_ppo_epochs": 1,
+    "total_episodes": 1,
+    "response_length": 1,
+    "stop_token_id": 0,
+    "kl_horizon": 1,
+    "max_head_memory": 0,
+    "seed": 0,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "logging_steps": 1,
+}
+_REAL: dict[str, dict[str, Any]] = {
+    "learning_rate": {"low": 0.0},
+    "weight_decay": {"low": 0.0},
+    "adam_beta1": {"low": 0.0, "high": 1.0, "open_high": True},
+    "adam_beta2": {"low": 0.0, "high": 1.0, "open_high": True},
+    "adam_epsilon": {"low": 0.0},
+    "max_grad_norm": _POSITIVE,
+    "temperature": _POSITIVE,
+    "missing_eos_penalty": _POSITIVE,
+    "kl_coef": {"low": 0.0},
+    "kl_target": _POSITIVE,
+    "target_kl": _POSITIVE,
+    "gamma": {"low": 0.0, "high": 1.0},
+    "lam": {"low": 0.0, "high": 1.0},
+    "cliprange": {"low": 0.0, "high": 1.0},
+    "cliprange_high": {"low": 0.0},
+    "dual_clip": {"low": 1.0, "open_low": True},
+    "cliprange_value": _POSITIVE,
+    "vf_coef": {"low": 0.0},
+    "entropy_coef": {"low": 0.0},
+}
+_OPTIONAL = {
+    "mini_batch_size",
+    "num_mini_batches",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "total_episodes",
+    "stop_token_id",
+    "max_head_memory",
+    "save_steps",
+    "save_total_limit",
+    "max_grad_norm",
+    "missing_eos_penalty",
+    "target_kl",
+    "cliprange_high",
+    "dual_clip",
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "stop_token": ("eos", None),
+    "kl_estimator": ("k1", "k2", "k3"),
+    "kl_in": ("reward", "loss"),
+    "kl_controller": ("fixed", "adaptive"),
+    "score_at": ("last", "after_last"),
+    "reference": ("auto", "given"),
+    "mixed_precision": ("no", "bf16", "fp16", None),
+}
+_EITHER = (
+    ("mini_batch_size", "num_mini_batches"),
+    ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    ("stop_token", "stop_token_id"),
+)

@@ -1,0 +1,80 @@
+"""Sampling of responses from the policy."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefkern import _check
+from prefkern._check import require
+from prefkern.integrations.ppo.episodes import Ids
+
+if TYPE_CHECKING:
+    from prefkern.integrations.ppo.trainer import PPOTrainer
+
+
+@torch.no_grad()
+def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[Tensor]:
+    """One response for each query: token ids up to and with the stop token, on the CPU. Options are those of
+    ``transformers.GenerationConfig``."""
+    transformers = require("transformers", "PPOTrainer.generate", "pip install 'prefkern[ppo]'")
+    args = trainer.args
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.response_length,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "pad_token_id": trainer.pad_token_id,
+        "eos_token_id": trainer.stop_token_id,
+        **options,
+    }
+    if not settings["do_sample"]:
+        for name in ("temperature", "top_k", "top_p"):
+            if name not in options:
+                del settings[name]
+    longest = max(len(query) for query in queries) + settings["max_new_tokens"]
+    if trainer.limits.positions is not None and longest > trainer.limits.positions:
+        _check.fail(
+            "PPOTrainer.generate",
+            f"the longest query and {settings['max_new_tokens']} new tokens must fit the model's "
+            f"{trainer.limits.positions} positions, got {longest}: shorten the queries or response_length",
+        )
+    model = trainer.model if trainer.sharded else trainer.accelerator.unwrap_model(trainer.model)
+    trained = model.training
+    model.eval()
+    responses: list[Tensor] = [torch.empty(0)] * len(queries)
+    by_length = np.argsort([len(query) for query in queries], kind="stable")
+    size = args.local_rollout_forward_batch_size
+    try:
+        for start in range(0, len(queries), size):
+            rows = by_length[start : start + size]
+            input_ids, attention_mask = _left_padded([queries[i] for i in rows], trainer.pad_token_id)
+            output = model.generate(
+                input_ids=input_ids.to(trainer.device),
+                attention_mask=attention_mask.to(trainer.device),
+                generation_config=transformers.GenerationConfig(**settings),
+                **({"synced_gpus": True} if trainer.sharded else {}),
+            )
+            for i, row in zip(rows, output[:, input_ids.shape[1] :].cpu(), strict=True):
+                responses[i] = _until_stop(row, settings["eos_token_id"])
+    finally:
+        model.train(trained)
+    return responses
+
+
+def _left_padded(rows: list[Ids], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = torch.from_numpy(row)
+        attention_mask[index, width - len(row) :] = 1
+    return input_ids, attention_mask
+
+
+def _until_stop(row: Tensor, stop: int | None) -> Tensor:
+    ends = [] if stop is None else (row == stop).nonzero().flatten().tolist()
+    return row[: ends[0] + 1].clone() if ends else row.clone()

@@ -1,0 +1,82 @@
+"""The queries of a dataset, in an order that depends on the seed only, and the call of a reward function."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from prefkern import _check
+from prefkern.integrations.ppo import episodes
+
+WHERE = "PPOTrainer.train"
+NAMES = ("prompt", "query", "input_ids")
+
+
+class Prompts:
+    """Rows of a dataset: strings, lists of messages, token ids, or dicts with one of these as ``prompt``, ``query`` or
+    ``input_ids``; the other columns go to the reward function."""
+
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, str | dict):
+            _check.fail_type(WHERE, f"dataset must be a list or a datasets.Dataset, got {type(dataset).__name__}")
+        if not len(dataset):
+            _check.fail(WHERE, "dataset must hold at least one row, got none")
+        self._dataset, self._tokenizer = dataset, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def order(self, step: int, size: int, seed: int) -> list[int]:
+        """The rows of step 0, 1, ...: permutations of the dataset, one after the other, cut into steps."""
+        rows: list[int] = []
+        first = step * size
+        while len(rows) < size:
+            epoch, start = divmod(first + len(rows), len(self))
+            order = np.random.default_rng((seed, 2**31, epoch)).permutation(len(self))
+            rows += order[start : start + size - len(rows)].tolist()
+        return rows
+
+    def take(self, rows: list[int]) -> tuple[list[episodes.Ids], list[dict[str, Any]]]:
+        """The token ids of some rows, and their columns (``prompt`` as it was given)."""
+        found = [self._columns(row) for row in rows]
+        return [self._ids(row, columns["prompt"]) for row, columns in zip(rows, found, strict=True)], found
+
+    def _columns(self, row: int) -> dict[str, Any]:
+        entry = self._dataset[row]
+        if not isinstance(entry, dict):
+            return {"prompt": entry}
+        name = next((name for name in NAMES if name in entry), None)
+        if name is None:
+            _check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
+        return {**entry, "prompt": entry[name]}
+
+    def _ids(self, row: int, prompt: Any) -> episodes.Ids:
+        name = f"dataset[{row}]"
+        if isinstance(prompt, list | tuple) and len(prompt) and isinstance(prompt[0], dict):
+            if self._tokenizer is None or not self._tokenizer.chat_template:
+                _check.fail(WHERE, f"{name} is a list of messages, which needs a tokenizer with a chat template")
+            prompt = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        ids = episodes.tokens(WHERE, "queries", [prompt], self._tokenizer)[0]
+        if not len(ids):
+            _check.fail(WHERE, f"{name} must have at least one token, got none")
+        return ids
+
+
+def rewards(
+    reward_fn: Callable[..., Any], tokenizer: Any, columns: list[dict[str, Any]], responses: list[Any]
+) -> list[Any]:
+    """``reward_fn(prompts, responses)``, with those of the dataset's columns, and ``response_ids``, that it has
+    arguments for. Responses are strings where there is a tokenizer."""
+    shown = responses if tokenizer is None else [tokenizer.decode(each, skip_special_tokens=True) for each in responses]
+    known = inspect.signature(reward_fn).parameters
+    everything = any(each.kind is each.VAR_KEYWORD for each in known.values())
+    extra: dict[str, Any] = {name: [row.get(name) for row in columns] for name in columns[0] if name != "prompt"}
+    extra["response_ids"] = responses
+    named = {name: column for name, column in extra.items() if everything or name in known}
+    given = list(reward_fn([row["prompt"] for row in columns], shown, **named))
+    if len(given) != len(responses):
+        _check.fail(WHERE, f"reward_fn must return one reward per response, got {len(given)} for {len(responses)}")
+    return given

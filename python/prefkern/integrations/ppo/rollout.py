@@ -1,0 +1,104 @@
+"""A rollout: episodes as packed cells, what is computed for them, and how they are cut into batches."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prefkern.integrations.ppo.config import PPOConfig
+from prefkern.integrations.ppo.episodes import Episode
+from prefkern.integrations.ppo.models import Batch
+
+Rows = NDArray[np.int64]
+
+
+class Rollout:
+    """Episodes of all processes. Row i owns the cells ``offsets[i] : offsets[i + 1]`` of every ``[N]`` tensor: one for
+    each token of its response, at the position that predicts it, and with ``score_at="after_last"`` one more, at the
+    last token, in all rows but the longest.
+
+    ``mask [N]`` marks the tokens that the policy wrote, ``value_mask [N]`` those and the additional cells. The tensors
+    that ``logps``, ``values`` ... are filled with are on the CPU, where advantages are computed.
+    """
+
+    logps: Tensor
+    values: Tensor
+    ref_logps: Tensor | None
+    kl: Tensor | None
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __init__(self, episodes: list[Episode], args: PPOConfig) -> None:
+        self.episodes = episodes
+        queries = np.array([len(each.query) for each in episodes])
+        responses = np.array([len(each.response) for each in episodes])
+        extra = (responses < responses.max()) if args.score_at == "after_last" else np.zeros_like(responses)
+        self.starts = queries - 1
+        self.lengths = queries + responses
+        self.counts = responses + extra
+        self.offsets = np.concatenate([[0], np.cumsum(self.counts)])
+        padding = np.zeros(1, dtype=np.bool_)
+        masks = [part for each, more in zip(episodes, extra, strict=True) for part in (each.mask, padding[: int(more)])]
+        self.mask = torch.from_numpy(np.concatenate(masks))
+        self.value_mask = self.mask.clone()
+        if args.score_at == "after_last":
+            self.value_mask[torch.from_numpy(self.offsets[1:][extra] - 1)] = True
+        self.targets = torch.full_like(self.mask, -100, dtype=torch.int64)
+        self.targets[self.mask] = torch.from_numpy(np.concatenate([each.response[each.mask] for each in episodes]))
+        self.scores = torch.tensor([each.score for each in episodes], dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.from_numpy(self.offsets)
+
+    def spread(self, name: str, dtype: torch.dtype) -> Tensor | None:
+        """A field that episodes may have for each token, in cells; None where no episode has it."""
+        if all(getattr(each, name) is None for each in self.episodes):
+            return None
+        cells = torch.zeros(len(self.mask), dtype=dtype)
+        for each, start in zip(self.episodes, self.offsets, strict=False):
+            row = getattr(each, name)
+            if row is not None:
+                cells[start : start + len(row)] = torch.from_numpy(row)
+        return cells
+
+    def cells(self, rows: Rows) -> Tensor:
+        """Indices of the cells of some rows, row after row."""
+        return torch.from_numpy(np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]))
+
+    def batch(self, rows: Rows, pad_token_id: int, device: Any, *, blank: bool = False) -> Batch:
+        """The model's input for some rows; ``blank``: nothing in it is scored."""
+        width = int(self.lengths[rows].max())
+        input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+        for row, i in enumerate(rows):
+            length = self.lengths[i]
+            input_ids[row, :length] = np.concatenate([self.episodes[i].query, self.episodes[i].response])
+            attention_mask[row, :length] = 1
+        positions = [row * width + self.starts[i] + np.arange(self.counts[i]) for row, i in enumerate(rows)]
+        targets = self.targets[self.cells(rows)]
+        if blank:
+            targets = torch.full_like(targets, -100)
+        return Batch(
+            torch.from_numpy(input_ids).to(device),
+            torch.from_numpy(attention_mask).to(device),
+            torch.from_numpy(np.concatenate(positions)).to(device),
+            targets.to(device),
+            int((targets != -100).sum()),
+        )
+
+
+def deal(lengths: Rows, rows: Rows, parts: int, rank: int, ranks: int) -> list[Rows]:
+    """The share of one of several processes in ``rows``: as many batches for each process, of about equal size and of
+    rows of similar length, the longest first. A batch is empty where there are fewer rows than batches.
+
+    The n-th batches of all processes are neighbours in length, so that they wait little for each other.
+    """
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    return np.array_split(by_length, parts * ranks)[rank::ranks]

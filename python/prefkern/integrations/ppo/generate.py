@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prefkern import _check
 from prefkern._check import require
+from prefkern.integrations.ppo import models
 from prefkern.integrations.ppo.episodes import Ids
 
 if TYPE_CHECKING:
@@ -25,14 +26,12 @@ def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[
         "do_sample": True,
         "temperature": args.temperature,
         "top_k": 0,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
         "pad_token_id": trainer.pad_token_id,
         "eos_token_id": trainer.stop_token_id,
         **options,
     }
     if not settings["do_sample"]:
-        for name in ("temperature", "top_k", "top_p"):
+        for name in ("temperature", "top_k"):
             if name not in options:
                 del settings[name]
     longest = max(len(query) for query in queries) + settings["max_new_tokens"]
@@ -49,17 +48,18 @@ def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[
     by_length = np.argsort([len(query) for query in queries], kind="stable")
     size = args.local_rollout_forward_batch_size
     try:
-        for start in range(0, len(queries), size):
-            rows = by_length[start : start + size]
-            input_ids, attention_mask = _left_padded([queries[i] for i in rows], trainer.pad_token_id)
-            output = model.generate(
-                input_ids=input_ids.to(trainer.device),
-                attention_mask=attention_mask.to(trainer.device),
-                generation_config=transformers.GenerationConfig(**settings),
-                **({"synced_gpus": True} if trainer.sharded else {}),
-            )
-            for i, row in zip(rows, output[:, input_ids.shape[1] :].cpu(), strict=True):
-                responses[i] = _until_stop(row, settings["eos_token_id"])
+        with models.plain_generation(trainer.accelerator.unwrap_model(trainer.model).policy, transformers):
+            for start in range(0, len(queries), size):
+                rows = by_length[start : start + size]
+                input_ids, attention_mask = _left_padded([queries[i] for i in rows], trainer.pad_token_id)
+                output = model.generate(
+                    input_ids=input_ids.to(trainer.device),
+                    attention_mask=attention_mask.to(trainer.device),
+                    generation_config=transformers.GenerationConfig(**settings),
+                    **({"synced_gpus": True} if trainer.sharded else {}),
+                )
+                for i, row in zip(rows, output[:, input_ids.shape[1] :].cpu(), strict=True):
+                    responses[i] = _until_stop(row, settings["eos_token_id"])
     finally:
         model.train(trained)
     return responses

@@ -7,6 +7,7 @@ logits over the vocabulary are never made. A value head on the policy's own trun
 import contextlib
 import copy
 import importlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -209,3 +210,27 @@ def without_dropout(module: nn.Module) -> nn.Module:
         if isinstance(getattr(part, "attention_dropout", None), float):
             part.attention_dropout = 0.0  # type: ignore[assignment]
     return module
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Gradient checkpointing of the trunk, by the name that the installed transformers has for it."""
+    plain = _plain(model)
+    enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+    enable()
+    if is_peft(model):
+        plain.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def plain_generation(policy: Any, transformers: Any) -> Iterator[None]:
+    """Without the model's own defaults (a stop token, top-k, penalties), which ``generate`` would merge into what it
+    is told: samples must come from the distribution that is scored."""
+    owners = [policy, _plain(policy)]
+    own = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, own, strict=True):
+            owner.generation_config = config

@@ -79,7 +79,7 @@ class PPOTrainer:
         self.device = self.accelerator.device
         accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            models.checkpoint_activations(model)
         both = models.without_dropout(models.ActorCritic(model, value_model))
         optimizer = optimizer or torch.optim.AdamW(
             [parameter for parameter in both.parameters() if parameter.requires_grad],

@@ -1,6 +1,7 @@
 """PPO learns: one token is rewarded, and the best reachable trade of reward against KL is known in closed form."""
 
 import math
+import os
 from typing import NamedTuple
 
 import pytest
@@ -63,6 +64,7 @@ def test_the_rewarded_token_is_learnt() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(os.environ.get("CI")), reason="takes two minutes; the test above is its beginning")
 @pytest.mark.parametrize("seed", range(5))
 def test_every_seed_comes_within_ten_percent_of_the_best(seed: int) -> None:
     history = learn(seed, steps=200)

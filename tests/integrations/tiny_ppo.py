@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
@@ -62,8 +63,11 @@ def trainer(policy: Any = None, ref_model: Any = None, tokenizer: Any = None, **
     made = PPOTrainer(policy, ref_model, tokenizer, PPOConfig(**settings | options), **extra)
     head = made.accelerator.unwrap_model(made.model).value_head
     if "value_model" not in extra:
+        weight = torch.linspace(-1, 1, head.weight.numel(), dtype=head.weight.dtype).view(head.weight.shape)
+        if isinstance(head.weight, DTensor):
+            weight = distribute_tensor(weight, head.weight.device_mesh, head.weight.placements)
         with torch.no_grad():
-            head.weight.copy_(torch.linspace(-1, 1, head.weight.numel()).view_as(head.weight))
+            head.weight.copy_(weight)
             head.bias.fill_(0.1)
     return made
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefkern import _check
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.logprobs import linear_token_logprobs
+from prefkern.objectives.reduce import widen
 
 WHERE = "PPOTrainer"
 
@@ -87,13 +88,15 @@ class ActorCritic(nn.Module):
             num_scored=batch.num_scored,
             **head_options(text_config(self.policy)),
         )
-        if not values:
-            return Scores(stats.logps, stats.entropy, None)
-        if self.value_trunk is not None:
-            hidden = self._hidden(self.value_trunk, batch)
-        with torch.autocast(hidden.device.type, enabled=False):
-            value = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
-        return Scores(stats.logps, stats.entropy, value.float() if value.dtype != torch.float64 else value)
+        value = None
+        if values:
+            if self.value_trunk is not None:
+                hidden = self._hidden(self.value_trunk, batch)
+            with torch.autocast(hidden.device.type, enabled=False):
+                value = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+            value = widen(value).clone()
+        # clones, as FSDP2 warns of views; they have one number for each cell
+        return Scores(stats.logps.clone(), None if stats.entropy is None else stats.entropy.clone(), value)
 
     def generate(self, **options: Any) -> Any:
         return self.policy.generate(**options)

@@ -7,7 +7,7 @@ PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 
-.PHONY: help setup demo test test-python test-rust bench measure measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo ppo test test-python test-rust bench measure measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -46,6 +46,9 @@ setup: $(VENV)/.core ## create .venv and build the extension
 
 demo: setup ## fine-tune SmolLM2-135M with TRL's DPOTrainer, with and without prefkern
 	@$(BIN)/python -m prefkern demo $(ARGS)
+
+ppo: setup ## PPO on SmolLM2-135M with a reward for brevity: CPU, offline, minutes
+	@$(BIN)/python examples/ppo.py $(ARGS)
 
 test: setup $(TRITON_OLD)/.done test-rust test-python ## run all tests
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefkern import data
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.episodes import Episode
 from prefkern.integrations.ppo.models import Batch
@@ -46,8 +47,6 @@ class Rollout:
         self.value_mask = self.mask.clone()
         if args.score_at == "after_last":
             self.value_mask[torch.from_numpy(self.offsets[1:][extra] - 1)] = True
-        self.targets = torch.full_like(self.mask, -100, dtype=torch.int64)
-        self.targets[self.mask] = torch.from_numpy(np.concatenate([each.response[each.mask] for each in episodes]))
         self.scores = torch.tensor([each.score for each in episodes], dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -74,21 +73,26 @@ class Rollout:
 
     def batch(self, rows: Rows, pad_token_id: int, device: Any, *, blank: bool = False) -> Batch:
         """The model's input for some rows; ``blank``: nothing in it is scored."""
-        width = int(self.lengths[rows].max())
-        input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
-        for row, i in enumerate(rows):
-            length = self.lengths[i]
-            input_ids[row, :length] = np.concatenate([self.episodes[i].query, self.episodes[i].response])
-            attention_mask[row, :length] = 1
-        positions = [row * width + self.starts[i] + np.arange(self.counts[i]) for row, i in enumerate(rows)]
-        targets = self.targets[self.cells(rows)]
+        chosen = [self.episodes[i] for i in rows]
+        padded = data.collate_rollouts(
+            {
+                "query_ids": [each.query for each in chosen],
+                "response_ids": [each.response for each in chosen],
+                "response_mask": [each.mask for each in chosen],
+            },
+            pad_token_id=pad_token_id,
+        )
+        width = padded["input_ids"].shape[1]
+        cells = torch.from_numpy(
+            np.concatenate([row * width + self.starts[i] + np.arange(self.counts[i]) for row, i in enumerate(rows)])
+        )
+        targets = padded["targets"].flatten()[cells]
         if blank:
             targets = torch.full_like(targets, -100)
         return Batch(
-            torch.from_numpy(input_ids).to(device),
-            torch.from_numpy(attention_mask).to(device),
-            torch.from_numpy(np.concatenate(positions)).to(device),
+            padded["input_ids"].to(device),
+            padded["attention_mask"].to(device),
+            cells.to(device),
             targets.to(device),
             int((targets != -100).sum()),
         )

@@ -7,7 +7,7 @@ PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 
-.PHONY: help setup demo ppo test test-python test-rust bench measure measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -71,6 +71,11 @@ cpu-head: setup ## where the time of the head on a CPU goes; rewrites docs/cpu-h
 
 measure-data: setup ## time batching and advantages beside their peers and a copy; rewrite their table
 	@$(BIN)/python -m prefkern bench data --json --output bench/results/data
+	@$(BIN)/python tools/measured.py
+
+ppo-measure: setup ## a PPO step against plain PyTorch, learning against a known best; rewrite the measured tables
+	@$(BIN)/python bench/ppo.py step
+	@$(BIN)/python bench/ppo.py learning
 	@$(BIN)/python tools/measured.py
 
 wheel: setup ## build the wheel into dist/

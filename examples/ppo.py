@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from prefkern.demo import data, model
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
@@ -45,6 +46,8 @@ def main() -> None:
     given = parser.parse_args()
 
     model.check(given.model)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     loaded = model.load(given.model)
     pairs = data.read(data.SHIPPED)
     random.Random(0).shuffle(pairs)

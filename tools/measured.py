@@ -4,8 +4,8 @@
 Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
 (``python -m prefkern bench --json``), ``bench/results/data/bench.json`` (``python -m prefkern bench data --json``),
 ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
---markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``) and ``bench/results/cpu-head.md``
-(``bench/cpu_head.py --markdown``).
+--markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``), ``bench/results/cpu-head.md``
+(``bench/cpu_head.py --markdown``) and ``bench/results/ppo-*.md`` (``bench/ppo.py``).
 ``--check`` writes nothing and fails where a file would change.
 """
 
@@ -143,7 +143,7 @@ def sections() -> dict[str, str]:
     data = RESULTS / "data" / "bench.json"
     if data.exists():
         found["data"] = data_tables(json.loads(data.read_text()))
-    for name in ("mutants", "compile", "demo", "cpu-head"):
+    for name in ("mutants", "compile", "demo", "cpu-head", "ppo-step", "ppo-learning"):
         path = RESULTS / f"{name}.md"
         if path.exists():
             found[name] = path.read_text().strip()

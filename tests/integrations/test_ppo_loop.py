@@ -1,6 +1,7 @@
 """Generation, training on prompts, evaluation, checkpoints."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,18 @@ def test_save_pretrained(tmp_path: Path) -> None:
     value = load_file(tmp_path / "model" / "value_model.safetensors")
     assert torch.equal(value["value_head.weight"], made.model.value_head.weight)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_save_pretrained_of_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    made = tiny_ppo.trainer(tiny_ppo.adapted())
+    made.step(*tiny_ppo.episodes())
+    made.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = peft.PeftModel.from_pretrained(tiny_ppo.model(), tmp_path)
+    ours = dict(made.model.policy.state_dict())
+    tiny_ppo.assert_same({name: ours[name] for name in loaded.state_dict()}, dict(loaded.state_dict()))
 
 
 def test_evaluation_changes_nothing(tmp_path: Path) -> None:

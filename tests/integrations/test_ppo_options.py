@@ -252,9 +252,33 @@ def test_the_adaptive_controller() -> None:
 
 
 def test_learning_rates() -> None:
-    args = PPOConfig(learning_rate=1.0, lr_scheduler_type="linear", warmup_steps=2)
-    assert [round(args.learning_rate_at(step, 6), 3) for step in range(6)] == [0.333, 0.667, 1.0, 0.75, 0.5, 0.25]
-    assert PPOConfig(learning_rate=1.0, lr_scheduler_type="cosine").learning_rate_at(5, 10) == pytest.approx(0.5)
+    args = PPOConfig(lr_scheduler_type="linear", warmup_steps=2)
+    assert [round(args.schedule(step, 6), 3) for step in range(6)] == [0.333, 0.667, 1.0, 0.75, 0.5, 0.25]
+    assert PPOConfig(lr_scheduler_type="cosine").schedule(5, 10) == pytest.approx(0.5)
+    assert PPOConfig().schedule(5, 10) == PPOConfig(lr_scheduler_type="linear").schedule(5, None) == 1.0
+    policy = tiny_ppo.model()
+    groups = [{"params": [policy.lm_head.weight], "lr": 0.4}, {"params": list(policy.model.parameters()), "lr": 0.2}]
+    trainer = tiny_ppo.trainer(policy, optimizer=torch.optim.SGD(groups), warmup_steps=1)
+    trainer.step(*tiny_ppo.episodes())
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.2, 0.1]
+
+
+def test_a_classic_loop() -> None:
+    """As textbooks write it, with strings."""
+    tokenizer = tiny_trl.tokenizer()
+    policy = tiny_trl.model()
+    start = policy.lm_head.weight.detach().clone()
+    trainer = PPOTrainer(policy, tiny_trl.model(seed=1), tokenizer, PPOConfig(learning_rate=1e-3, response_length=4))
+    prompts = ["w1 w2 w3", "w4 w5"]
+    for _ in range(2):
+        responses = trainer.generate(prompts, max_new_tokens=3, top_k=5)
+        assert all(1 <= len(response) <= 3 for response in responses)
+        texts = [tokenizer.decode(response) for response in responses]
+        rewards = [torch.tensor(float(len(text))) for text in texts]
+        stats = trainer.step(prompts, responses, rewards)
+    assert stats["episode"] == 4
+    assert stats["objective/scores"] == pytest.approx(sum(map(len, texts)) / 2)
+    assert not torch.equal(policy.lm_head.weight, start)
 
 
 def test_strings_are_encoded() -> None:

@@ -27,6 +27,7 @@ def save(trainer: "PPOTrainer", folder: Path | None = None) -> Path:
         if trainer.accelerator.is_main_process:
             state = {
                 "global_step": trainer.global_step,
+                "episode": trainer.episode,
                 "kl_coef": trainer.controller.coef,
                 "history": trainer.history,
                 "args": trainer.args.to_dict(),
@@ -52,7 +53,7 @@ def load(trainer: "PPOTrainer", folder: Path) -> None:
         found = "; ".join(f"{name}: {value!r} there, {now!r} here" for name, (value, now) in changed.items())
         _check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
     trainer.accelerator.load_state(str(folder))
-    trainer.global_step = state["global_step"]
+    trainer.global_step, trainer.episode = state["global_step"], state["episode"]
     trainer.controller.coef = state["kl_coef"]
     trainer.history = state["history"]
 

@@ -154,15 +154,14 @@ class PPOConfig:
             return self.num_mini_batches
         return 1 if self.mini_batch_size is None else math.ceil(episodes / self.mini_batch_size)
 
-    def learning_rate_at(self, step: int, total: int | None) -> float:
-        """The learning rate of step 0, 1, ... of ``total``; constant where the total is not known."""
-        rate = self.learning_rate
+    def schedule(self, step: int, total: int | None) -> float:
+        """What the learning rate is multiplied by in step 0, 1, ... of ``total``; 1 where the total is not known."""
         if step < self.warmup_steps:
-            return rate * (step + 1) / (self.warmup_steps + 1)
+            return (step + 1) / (self.warmup_steps + 1)
         if self.lr_scheduler_type == "constant" or total is None or total <= self.warmup_steps:
-            return rate
+            return 1.0
         done = min((step - self.warmup_steps) / (total - self.warmup_steps), 1.0)
-        return rate * (1.0 - done) if self.lr_scheduler_type == "linear" else rate * (1 + math.cos(math.pi * done)) / 2
+        return 1.0 - done if self.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -58,7 +58,6 @@ def _step(trainer: "PPOTrainer", source: prompts.Prompts, reward_fn: Callable[..
     with trainer.phases("reward"):
         scores = _rewards(trainer, reward_fn, columns, responses)
     found = trainer.step(queries, responses, scores)
-    found["episode"] = float(trainer.global_step * args.batch_size)
     trainer.history.append(found)
     return found
 

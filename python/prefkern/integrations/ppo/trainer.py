@@ -88,6 +88,7 @@ class PPOTrainer:
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
         )
+        self._rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
         self.sharded = models.prepare_sharded(self.model)
         if self.reference is not None:
@@ -95,7 +96,7 @@ class PPOTrainer:
         self.controller = KLController(args)
         self.phases = stats.Phases(self.device)
         self.sum = stats.Reduce(self.accelerator)
-        self.global_step = 0
+        self.global_step = self.episode = 0
         self.total_steps = None if args.total_episodes is None else math.ceil(args.total_episodes / args.batch_size)
         self.history: list[dict[str, float]] = []
 
@@ -123,8 +124,8 @@ class PPOTrainer:
         self._score(rollout)
         with self.phases("data"):
             advantages.fill(rollout, self.args, self.controller.coef)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.learning_rate_at(self.global_step, self.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.args.schedule(self.global_step, self.total_steps)
         found = stats.of_rollout(
             rollout,
             kl_coef=self.controller.coef,
@@ -134,7 +135,8 @@ class PPOTrainer:
         found |= optimise(self, rollout)
         self.controller.update(found.get("objective/kl"), len(rollout))
         self.global_step += 1
-        found |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": float(len(rollout))}
+        self.episode += len(rollout)
+        found |= {"lr": self.optimizer.param_groups[0]["lr"], "episode": float(self.episode)}
         self.last_rollout = rollout
         return found
 
@@ -152,7 +154,10 @@ class PPOTrainer:
             for other in (error, *(refused for _, refused in found)):
                 if other is not None:
                     raise other
-            return Rollout([each for part, _ in found for each in part], self.args)
+            together = [each for part, _ in found for each in part]
+            if len({each.ref_logps is None for each in together}) > 1:
+                _check.fail("PPOTrainer.step", "ref_logps must be given on all processes or on none")
+            return Rollout(together, self.args)
 
     def _check_reference(self, ref_logps: Any) -> None:
         if self.args.kl_coef and ref_logps is None and self.reference is None and not self.adapter_is_off_in_reference:

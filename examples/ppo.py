@@ -1,9 +1,10 @@
-"""PPO on SmolLM2-135M-Instruct, on the CPU, offline: short answers that still say something.
+"""PPO on SmolLM2-135M-Instruct, on the CPU, offline: short first sentences.
 
     make ppo                          # or: python examples/ppo.py --steps 20 --output ppo-example
 
-The reward is a program: an answer that ends by itself gets 1 at 12 words, less the further its length is from that; one
-that is cut off gets none. Prints answers before and after, and writes a plot of reward, KL, clip fraction and length.
+An answer ends with its first full stop. The reward is a program: 1 for a sentence of 8 words, less the further its
+length is from that, 0 for one that is cut off. Prints answers before and after training, and writes a plot of reward,
+KL, clip fraction and length.
 """
 
 import argparse
@@ -12,35 +13,29 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from prefkern.demo import data, model
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
-WORDS, TOKENS = 12, 40
-ASKED = 3
+WORDS, TOKENS = 8, 32
+EPISODES, ASKED = 12, 3
 PLOTTED = (
     ("objective/scores", "reward"),
     ("objective/kl", "KL to the reference, nats per answer"),
-    ("policy/clipfrac_avg", "tokens whose ratio is clipped"),
+    ("policy/clipfrac_avg", "share of ratios that are clipped"),
     ("val/response_length", "tokens per answer"),
 )
 
 
-def brevity(prompts: list[Any], responses: list[str], response_ids: list[torch.Tensor]) -> list[float]:
-    """1 for an answer of 12 words that ends by itself, lower the further it is away; 0 for one that is cut off."""
-    rewards = []
-    for text, ids in zip(responses, response_ids, strict=True):
-        words = len(text.split())
-        ended = len(ids) < TOKENS and words > 0
-        rewards.append(max(0.0, 1.0 - abs(words - WORDS) / WORDS) if ended else 0.0)
-    return rewards
+def brevity(prompts: list[Any], responses: list[str]) -> list[float]:
+    """1 for a whole sentence of 8 words, 0 for one of 16 or more, of none, or without an end."""
+    return [max(0.0, 1.0 - abs(len(text.split()) - WORDS) / WORDS) if text.endswith(".") else 0.0 for text in responses]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--model", help="a model of transformers, by folder or name (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--output", type=Path, default=Path("ppo-example"))
     given = parser.parse_args()
@@ -49,48 +44,59 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loaded = model.load(given.model)
-    pairs = data.read(data.SHIPPED)
-    random.Random(0).shuffle(pairs)
-    questions = [[{"role": "user", "content": pair.prompt}] for pair in pairs]
-    asked, trained = questions[:ASKED], questions[ASKED:]
+    questions = [pair.prompt for pair in data.read(data.SHIPPED)]
+    random.Random(0).shuffle(questions)
+    asked, trained = questions[:ASKED], [message(question) for question in questions[ASKED:]]
 
     trainer = PPOTrainer(
         loaded.model,
         None,  # the reference: a frozen copy
         loaded.tokenizer,
         PPOConfig(
-            learning_rate=1e-5,
-            batch_size=16,
+            learning_rate=3e-5,
+            batch_size=EPISODES,
             num_mini_batches=2,
-            num_ppo_epochs=2,
-            total_episodes=16 * given.steps,
+            num_ppo_epochs=1,
+            total_episodes=EPISODES * given.steps,
             response_length=TOKENS,
-            temperature=1.0,
-            kl_coef=0.01,
+            stop_token_id=loaded.tokenizer(".", add_special_tokens=False)["input_ids"][-1],
+            kl_coef=0.02,
             output_dir=str(given.output),
         ),
     )
-    before = trainer.evaluate(trained[:16], brevity)
-    answers = [answer(trainer, question) for question in asked]
+    before = [answer(trainer, question) for question in asked]
     history = trainer.train(trained, brevity)
-    after = trainer.evaluate(trained[:16], brevity)
+    after = [answer(trainer, question) for question in asked]
 
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "history.json").write_text(json.dumps(history, indent=1))
     plot(history, given.output / "ppo.png")
-    print(f"\nreward {before['eval/scores']:.2f} -> {after['eval/scores']:.2f}, ", end="")
-    print(f"tokens per answer {before['eval/response_length']:.1f} -> {after['eval/response_length']:.1f}")
-    for question, old in zip(asked, answers, strict=True):
-        print(f"\n{question[0]['content']}\n  before: {old}\n  after:  {answer(trainer, question)}")
-    print(f"\nplot: {given.output / 'ppo.png'}")
+    text = report(history, list(zip(asked, before, after, strict=True)))
+    (given.output / "report.md").write_text(text)
+    print(f"\n{text}\nplot: {given.output / 'ppo.png'}")
 
 
-def answer(trainer: PPOTrainer, question: list[dict[str, str]]) -> str:
+def report(history: list[dict[str, float]], answers: list[tuple[str, str, str]]) -> str:
+    """Means of the first and the last quarter of the run, and the answers, as Markdown."""
+    part = max(1, len(history) // 4)
+    lines = [f"| | first {part} of {len(history)} steps | last {part} |", "| --- | ---: | ---: |"]
+    for name, title in PLOTTED:
+        first, last = (sum(stats[name] for stats in steps) / part for steps in (history[:part], history[-part:]))
+        lines.append(f"| {title} | {first:.3g} | {last:.3g} |")
+    lines += ["", "| question | before | after |", "| --- | --- | --- |"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in answers]
+    return "\n".join(lines) + "\n"
+
+
+def message(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def answer(trainer: PPOTrainer, question: str) -> str:
     """The greedy answer to one question."""
-    template = trainer.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
-    (response,) = trainer.generate([template["input_ids"]], do_sample=False)
+    (response,) = trainer.generate([message(question)], do_sample=False)
     text = " ".join(trainer.tokenizer.decode(response, skip_special_tokens=True).split())
-    return text if len(response) < TOKENS else f"{text} ..."
+    return text if text.endswith(".") else f"{text} ..."
 
 
 def plot(history: list[dict[str, float]], path: Path) -> None:

@@ -215,5 +215,16 @@ def test_a_reward_function_gets_what_it_names(tmp_path: Path) -> None:
     assert stats["objective/scores"] == pytest.approx(1.0 - 10.0 * unfinished / 3)
     with pytest.raises(ValueError, match="reward_fn must return one reward per response, got 1 for 3"):
         made.evaluate(rows, lambda prompts, responses: [1.0])
+    with pytest.raises(ValueError, match=r"dataset\[1\] must have at least one token, got none"):
+        made.evaluate(["w1", ""], score)
+    conversation = [{"role": "user", "content": "w1 w2"}]
+    with pytest.raises(ValueError, match=r"queries\[0\] is a list of messages, which needs a tokenizer with a chat"):
+        made.generate([conversation])
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }} {% endfor %}w9"
+    seen.clear()
+    made.evaluate([{"prompt": conversation, "level": 0}], score, do_sample=False)
+    expected = made.generate([tokenizer("w1 w2 w9")["input_ids"]], do_sample=False)
+    tiny_ppo.assert_same(seen["response_ids"], expected)
+    assert seen["prompts"] == [conversation]
     with pytest.raises(ValueError, match=r"dataset\[0\] must have one of prompt, query, input_ids, got text"):
         made.evaluate([{"text": "w1"}], score)

@@ -35,14 +35,19 @@ class Limits(NamedTuple):
 
 
 def tokens(where: str, name: str, given: Any, tokenizer: Any) -> list[Ids]:
-    """Rows of token ids: one-dimensional tensors, lists of ids, or strings, which the tokenizer encodes."""
+    """Rows of token ids: one-dimensional tensors, lists of ids, or strings and lists of messages, which the tokenizer
+    encodes."""
     if isinstance(given, str) or not isinstance(given, Sequence | Tensor | np.ndarray):
         _check.fail_type(where, f"{name} must be a list with one tensor of token ids each, got {type(given).__name__}")
     return [_row(where, f"{name}[{index}]", row, tokenizer) for index, row in enumerate(given)]
 
 
 def _row(where: str, name: str, row: Any, tokenizer: Any) -> Ids:
-    if isinstance(row, str):
+    if isinstance(row, list | tuple) and len(row) and isinstance(row[0], dict):
+        if tokenizer is None or not tokenizer.chat_template:
+            _check.fail(where, f"{name} is a list of messages, which needs a tokenizer with a chat template")
+        row = tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif isinstance(row, str):
         if tokenizer is None:
             _check.fail_type(where, f"{name} is a string, which needs a tokenizer; pass token ids")
         row = tokenizer(row, add_special_tokens="responses" not in name)["input_ids"]

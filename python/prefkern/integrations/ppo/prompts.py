@@ -40,7 +40,11 @@ class Prompts:
     def take(self, rows: list[int]) -> tuple[list[episodes.Ids], list[dict[str, Any]]]:
         """The token ids of some rows, and their columns (``prompt`` as it was given)."""
         found = [self._columns(row) for row in rows]
-        return [self._ids(row, columns["prompt"]) for row, columns in zip(rows, found, strict=True)], found
+        queries = episodes.tokens(WHERE, "queries", [columns["prompt"] for columns in found], self._tokenizer)
+        for row, query in zip(rows, queries, strict=True):
+            if not len(query):
+                _check.fail(WHERE, f"dataset[{row}] must have at least one token, got none")
+        return queries, found
 
     def _columns(self, row: int) -> dict[str, Any]:
         entry = self._dataset[row]
@@ -50,19 +54,6 @@ class Prompts:
         if name is None:
             _check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
         return {**entry, "prompt": entry[name]}
-
-    def _ids(self, row: int, prompt: Any) -> episodes.Ids:
-        name = f"dataset[{row}]"
-        if isinstance(prompt, list | tuple) and len(prompt) and isinstance(prompt[0], dict):
-            if self._tokenizer is None or not self._tokenizer.chat_template:
-                _check.fail(WHERE, f"{name} is a list of messages, which needs a tokenizer with a chat template")
-            prompt = self._tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        ids = episodes.tokens(WHERE, "queries", [prompt], self._tokenizer)[0]
-        if not len(ids):
-            _check.fail(WHERE, f"{name} must have at least one token, got none")
-        return ids
 
 
 def rewards(

@@ -8,6 +8,7 @@ import argparse
 import datetime
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from prefkern.integrations.ppo import PPOConfig, PPOTrainer, advantages, known, 
 from prefkern.integrations.ppo.optimise import optimise
 
 RESULTS = Path(__file__).parent / "results"
-EPISODES, QUERY, RESPONSE = 8, 24, (40, 72)
+QUERY, RESPONSE = 24, (40, 72)
 PHASES = ("score", "reference", "data", "forward", "backward", "optimiser")
 
 
@@ -114,19 +115,19 @@ class Ours:
         return optimise(self.trainer, self.rollout)
 
 
-def step(rounds: int) -> str:
+def step(rounds: int, count: int) -> str:
     """A table of phases, both ways, on one model, one rollout and one optimiser (with learning rate 0)."""
     model.check(None)
     loaded = model.load(None)
     args = PPOConfig(learning_rate=0.0, num_ppo_epochs=1, temperature=1.0, disable_tqdm=True)
     trainer = PPOTrainer(loaded.model, None, loaded.tokenizer, args)
     made = np.random.default_rng(0)
-    lengths = made.integers(*RESPONSE, size=EPISODES)
+    lengths = made.integers(*RESPONSE, size=count)
     vocabulary = trainer.limits.vocabulary
     episodes = trainer._rollout(
         [made.integers(vocabulary, size=QUERY) for _ in lengths],
         [made.integers(vocabulary, size=length) for length in lengths],
-        made.normal(size=EPISODES).tolist(),
+        made.normal(size=count).tolist(),
         None,
         None,
     )
@@ -137,7 +138,8 @@ def step(rounds: int) -> str:
         if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-5):
             raise SystemExit(f"{name} differs: {found} with prefkern, {expected} in plain PyTorch; nothing was timed")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for index in range(rounds):
+        print(f"round {index + 1} of {rounds}", file=sys.stderr)
         for name, each in contenders.items():
             each.phases.seconds.clear()
             each()
@@ -160,7 +162,7 @@ def step(rounds: int) -> str:
         plain, ours = peaks["plain"][phase], peaks["prefkern"][phase]
         rows.append([f"peak memory, {phase}", si_bytes(plain), si_bytes(ours), f"{ours / plain:.2f}"])
     title = (
-        f"{loaded.name}, float32, {EPISODES} episodes of {int(episodes.lengths.sum())} tokens in all, "
+        f"{loaded.name}, float32, {count} episodes of {int(episodes.lengths.sum())} tokens in all, "
         f"{int(lengths.sum())} scored; one epoch, one mini-batch; medians of {rounds} interleaved rounds. {_about()}"
     )
     return f"{title}\n\n{_table(['', 'plain PyTorch', 'prefkern', 'ratio'], rows)}\n"
@@ -192,9 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("step", "learning"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
-    text = step(given.rounds) if given.what == "step" else learning(given.steps)
+    text = step(given.rounds, given.episodes) if given.what == "step" else learning(given.steps)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"ppo-{given.what}.md").write_text(text)
     print(text)

@@ -44,9 +44,9 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loaded = model.load(given.model)
-    questions = [pair.prompt for pair in data.read(data.SHIPPED)]
+    questions = [data.plain_prompt(pair.prompt) for pair in data.read(data.SHIPPED)]
     random.Random(0).shuffle(questions)
-    asked, trained = questions[:ASKED], [message(question) for question in questions[ASKED:]]
+    asked, trained = questions[:ASKED], questions[ASKED:]
 
     trainer = PPOTrainer(
         loaded.model,
@@ -84,17 +84,13 @@ def report(history: list[dict[str, float]], answers: list[tuple[str, str, str]])
         first, last = (sum(stats[name] for stats in steps) / part for steps in (history[:part], history[-part:]))
         lines.append(f"| {title} | {first:.3g} | {last:.3g} |")
     lines += ["", "| question | before | after |", "| --- | --- | --- |"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in answers]
+    lines += ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in answers]
     return "\n".join(lines) + "\n"
-
-
-def message(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
 
 
 def answer(trainer: PPOTrainer, question: str) -> str:
     """The greedy answer to one question."""
-    (response,) = trainer.generate([message(question)], do_sample=False)
+    (response,) = trainer.generate([question], do_sample=False)
     text = " ".join(trainer.tokenizer.decode(response, skip_special_tokens=True).split())
     return text if text.endswith(".") else f"{text} ..."
 

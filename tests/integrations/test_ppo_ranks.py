@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of a fork, since Python 3.12
+
 # the longest response is on the second process, whose first part of a mini-batch is therefore the longer one
 LENGTHS = ((3, 5), (4, 2), (2, 6), (5, 7), (3, 1), (6, 4))
 OPTIONS: dict[str, Any] = {

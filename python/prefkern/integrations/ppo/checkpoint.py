@@ -102,13 +102,17 @@ def _whole(trainer: "PPOTrainer", target: Path) -> Iterator[Path]:
     if main:
         for file in partial.rglob("*"):
             if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         partial.rename(target)
+        with contextlib.suppress(OSError):  # a folder cannot be opened on Windows
+            handle = os.open(target.parent, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
         shutil.rmtree(old, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 

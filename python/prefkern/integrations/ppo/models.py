@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
         if value_model is not None:
             self.value_trunk = _plain(value_model).base_model
             self.value_head = getattr(_plain(value_model), "score", None)
-            width = _plain(value_model).get_input_embeddings().weight.shape[1]
+            width = text_config(value_model).hidden_size
         if self.value_head is None:
             dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
             self.value_head = nn.Linear(width, 1, dtype=dtype, device=policy.device)
@@ -153,7 +153,10 @@ def _plain(model: Any) -> Any:
 
 def check_policy(name: str, model: Any) -> None:
     """A causal language model of transformers, with an ordinary head."""
-    if not hasattr(model, "get_output_embeddings") or not hasattr(_plain(model), "base_model"):
+    if not hasattr(model, "get_output_embeddings") or getattr(_plain(model), "base_model", None) in (
+        None,
+        _plain(model),
+    ):
         _check.fail_type(
             WHERE, f"{name} must be a causal language model of transformers (or peft), got {type(model).__name__}"
         )
@@ -182,7 +185,7 @@ def check_reference(model: Any, ref_model: Any) -> None:
 
 
 def check_value_model(value_model: Any) -> None:
-    if not hasattr(_plain(value_model), "base_model") or not hasattr(value_model, "get_input_embeddings"):
+    if not hasattr(_plain(value_model), "base_model") or not hasattr(value_model, "config"):
         _check.fail_type(
             WHERE,
             "value_model must be a model of transformers, such as AutoModelForSequenceClassification with "

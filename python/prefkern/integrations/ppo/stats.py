@@ -76,7 +76,7 @@ class Means:
         table = reduce(torch.stack([torch.stack([update[name] for name in names]) for update in self._updates]))
         means = dict(zip(names, table.T.double(), strict=True))
         if "val/ratio_var" in means:
-            means["val/ratio_var"] = means["val/ratio_var"] - means["val/ratio"].square()
+            means["val/ratio_var"] = (means["val/ratio_var"] - means["val/ratio"].square()).clamp(min=0)
         return {name: float(values.mean()) for name, values in means.items()}
 
 

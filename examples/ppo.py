@@ -8,6 +8,7 @@ KL, clip fraction and length.
 """
 
 import argparse
+import datetime
 import json
 import random
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import transformers
 
+from prefkern.benchmark.machine import processor
 from prefkern.demo import data, model
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
@@ -71,17 +73,18 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "history.json").write_text(json.dumps(history, indent=1))
     plot(history, given.output / "ppo.png")
-    text = report(history, list(zip(asked, before, after, strict=True)))
+    text = report(loaded.name, history, list(zip(asked, before, after, strict=True)))
     (given.output / "report.md").write_text(text)
     print(f"\n{text}\nplot: {given.output / 'ppo.png'}")
 
 
-def report(history: list[dict[str, float]], answers: list[tuple[str, str, str]]) -> str:
+def report(name: str, history: list[dict[str, float]], answers: list[tuple[str, str, str]]) -> str:
     """Means of the first and the last quarter of the run, and the answers, as Markdown."""
     part = max(1, len(history) // 4)
-    lines = [f"| | first {part} of {len(history)} steps | last {part} |", "| --- | ---: | ---: |"]
-    for name, title in PLOTTED:
-        first, last = (sum(stats[name] for stats in steps) / part for steps in (history[:part], history[-part:]))
+    lines = [f"{name}, {EPISODES} episodes a step; {datetime.date.today()}, {processor()}.", ""]
+    lines += [f"| | first {part} of {len(history)} steps | last {part} |", "| --- | ---: | ---: |"]
+    for key, title in PLOTTED:
+        first, last = (sum(stats[key] for stats in steps) / part for steps in (history[:part], history[-part:]))
         lines.append(f"| {title} | {first:.3g} | {last:.3g} |")
     lines += ["", "| question | before | after |", "| --- | --- | --- |"]
     lines += ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in answers]

@@ -5,7 +5,8 @@ Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/resul
 (``python -m prefkern bench --json``), ``bench/results/data/bench.json`` (``python -m prefkern bench data --json``),
 ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
 --markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``), ``bench/results/cpu-head.md``
-(``bench/cpu_head.py --markdown``) and ``bench/results/ppo-*.md`` (``bench/ppo.py``).
+(``bench/cpu_head.py --markdown``), ``bench/results/ppo-*.md`` (``bench/ppo.py``) and ``bench/results/ppo-example/``
+(``examples/ppo.py``).
 ``--check`` writes nothing and fails where a file would change.
 """
 
@@ -143,10 +144,10 @@ def sections() -> dict[str, str]:
     data = RESULTS / "data" / "bench.json"
     if data.exists():
         found["data"] = data_tables(json.loads(data.read_text()))
-    for name in ("mutants", "compile", "demo", "cpu-head", "ppo-step", "ppo-learning"):
+    for name in ("mutants", "compile", "demo", "cpu-head", "ppo-step", "ppo-learning", "ppo-example/report"):
         path = RESULTS / f"{name}.md"
         if path.exists():
-            found[name] = path.read_text().strip()
+            found[name.removesuffix("/report")] = path.read_text().strip()
     return found
 
 

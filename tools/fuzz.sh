@@ -11,4 +11,4 @@ target=x86_64-unknown-linux-gnu
 cargo build --quiet --release --jobs 1 --target "$target"
 mkdir -p corpus/advantages artifacts
 exec "target/$target/release/advantages" -max_total_time="${1:-300}" -max_len=4096 -timeout=30 \
-    -artifact_prefix=artifacts/ -print_final_stats=1 corpus/advantages
+    -len_control=0 -artifact_prefix=artifacts/ -print_final_stats=1 corpus/advantages

@@ -1,4 +1,5 @@
-//! Python buffers as Rust slices: one of two files with `unsafe` code (the other is `scan`).
+//! Python buffers as Rust slices: with `exact.rs`, the `unsafe` code of the crate that touches Python objects. (That of
+//! `scan` touches vector registers only.)
 //!
 //! A slice is sound when its memory is initialised, aligned, contiguous, of the right type and alive, and when no `&mut`
 //! overlaps another reference. Python guarantees the first and the last but one (an exported buffer is neither freed nor

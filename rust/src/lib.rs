@@ -6,6 +6,7 @@ mod balance;
 mod batches;
 mod buffer;
 mod collate;
+mod exact;
 mod flat;
 mod gae;
 mod groups;

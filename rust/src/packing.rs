@@ -22,35 +22,31 @@ pub struct Placed {
 /// Every length lies in `0..=capacity`; there are less than 2^32 items; `order` has room for every item, `offsets` for one
 /// more.
 pub fn pack(lengths: &[i64], capacity: i64, order: &mut [i64], offsets: &mut [i64]) -> Placed {
-    let items = descending(lengths, capacity);
+    let sorted = descending(lengths, capacity);
     if capacity <= TABLED {
-        place(
-            lengths,
-            &items,
-            capacity,
-            Table::new(capacity),
-            order,
-            offsets,
-        )
+        place(&sorted, capacity, Table::new(capacity), order, offsets)
     } else {
-        place(
-            lengths,
-            &items,
-            capacity,
-            Tree(BTreeMap::new()),
-            order,
-            offsets,
-        )
+        place(&sorted, capacity, Tree(BTreeMap::new()), order, offsets)
     }
 }
 
-/// The items that are not empty, the longest first and the lower first among equals.
-fn descending(lengths: &[i64], capacity: i64) -> Vec<u32> {
+/// The items that are not empty, the longest first and the lower first among equals; and each length with the number of
+/// its items, so that lengths need not be looked up again, far apart.
+#[derive(Debug, PartialEq, Eq)]
+struct Sorted {
+    items: Vec<u32>,
+    runs: Vec<(i64, usize)>,
+}
+
+fn descending(lengths: &[i64], capacity: i64) -> Sorted {
     let filled = |&item: &u32| lengths[item as usize] > 0;
     if capacity > TABLED || (capacity as usize) > 16 * lengths.len() {
         let mut items: Vec<u32> = (0..lengths.len() as u32).filter(filled).collect();
         items.sort_by_key(|&item| Reverse(lengths[item as usize]));
-        return items;
+        let equal = items.chunk_by(|&a, &b| lengths[a as usize] == lengths[b as usize]);
+        let runs = equal.map(|run| (lengths[run[0] as usize], run.len()));
+        let runs = runs.collect();
+        return Sorted { items, runs };
     }
     let mut next = vec![0u32; capacity as usize + 1];
     for &length in lengths {
@@ -58,7 +54,11 @@ fn descending(lengths: &[i64], capacity: i64) -> Vec<u32> {
     }
     next[0] = 0;
     let mut before = 0;
-    for count in next.iter_mut().rev() {
+    let mut runs = Vec::new();
+    for (length, count) in next.iter_mut().enumerate().rev() {
+        if *count > 0 {
+            runs.push((length as i64, *count as usize));
+        }
         (*count, before) = (before, before + *count);
     }
     let mut items = vec![0u32; before as usize];
@@ -69,7 +69,7 @@ fn descending(lengths: &[i64], capacity: i64) -> Vec<u32> {
             *place += 1;
         }
     }
-    items
+    Sorted { items, runs }
 }
 
 /// The open bins by the space left in them, each space's first come, first served.
@@ -82,19 +82,19 @@ trait Spaces {
 }
 
 fn place(
-    lengths: &[i64],
-    items: &[u32],
+    sorted: &Sorted,
     capacity: i64,
     mut open: impl Spaces,
     order: &mut [i64],
     offsets: &mut [i64],
 ) -> Placed {
-    let mut bin_of = Vec::with_capacity(items.len());
-    let mut counts: Vec<u32> = Vec::new();
+    let mut bin_of: Vec<u32> = Vec::with_capacity(sorted.items.len());
     // The bin behind each bin in the queue of their space.
     let mut behind: Vec<u32> = Vec::new();
-    for &item in items {
-        let length = lengths[item as usize];
+    // Meanwhile `offsets` counts the items of each bin, behind its first element.
+    let lengths = sorted.runs.iter();
+    let lengths = lengths.flat_map(|&(length, count)| std::iter::repeat_n(length, count));
+    for length in lengths {
         let (bin, space) = match open.best(length) {
             Some((space, first, last)) => {
                 let rest = (first != last).then(|| (behind[first as usize], last));
@@ -102,13 +102,13 @@ fn place(
                 (first, space)
             }
             None => {
-                counts.push(0);
                 behind.push(NONE);
-                (counts.len() as u32 - 1, capacity)
+                offsets[behind.len()] = 0;
+                (behind.len() as u32 - 1, capacity)
             }
         };
         bin_of.push(bin);
-        counts[bin as usize] += 1;
+        offsets[bin as usize + 1] += 1;
         let space = space - length;
         if space > 0 {
             let first = match open.get(space) {
@@ -122,19 +122,21 @@ fn place(
         }
     }
 
+    // Each count becomes the place where its bin begins, which moves to where it ends as the items are written.
+    let bins = behind.len();
     offsets[0] = 0;
-    for (bin, &count) in counts.iter().enumerate() {
-        offsets[bin + 1] = offsets[bin] + i64::from(count);
+    let mut begin = 0;
+    for offset in &mut offsets[1..=bins] {
+        (*offset, begin) = (begin, begin + *offset);
     }
-    let mut next = offsets[..counts.len()].to_vec();
-    for (&item, &bin) in items.iter().zip(&bin_of) {
-        let place = &mut next[bin as usize];
+    for (&item, &bin) in sorted.items.iter().zip(&bin_of) {
+        let place = &mut offsets[bin as usize + 1];
         order[*place as usize] = i64::from(item);
         *place += 1;
     }
     Placed {
-        items: items.len(),
-        bins: counts.len(),
+        items: sorted.items.len(),
+        bins,
     }
 }
 
@@ -278,19 +280,21 @@ mod tests {
         for capacity in [1, 7, 63, 64, 65, 4095, 4096, 5000, 300_000] {
             let lengths: Vec<i64> = (0..3000).map(|_| random(capacity + 1) as i64).collect();
             let capacity = capacity as i64;
-            let items = descending(&lengths, capacity);
-            let mut sorted: Vec<u32> = (0..3000).filter(|&i| lengths[i as usize] > 0).collect();
-            sorted.sort_by_key(|&item| Reverse(lengths[item as usize]));
-            assert_eq!(items, sorted);
+            let by_table = descending(&lengths, capacity);
+            let mut items: Vec<u32> = (0..3000).filter(|&i| lengths[i as usize] > 0).collect();
+            items.sort_by_key(|&item| Reverse(lengths[item as usize]));
+            assert_eq!(by_table.items, items);
+            let by_tree = descending(&lengths, i64::MAX);
+            assert_eq!(by_table, by_tree);
             let mut results = Vec::new();
             for tabled in [true, false] {
                 let (mut order, mut offsets) = (vec![-1; 3000], vec![-1; 3001]);
                 let placed = if tabled {
                     let table = Table::new(capacity);
-                    place(&lengths, &items, capacity, table, &mut order, &mut offsets)
+                    place(&by_table, capacity, table, &mut order, &mut offsets)
                 } else {
                     let tree = Tree(BTreeMap::new());
-                    place(&lengths, &items, capacity, tree, &mut order, &mut offsets)
+                    place(&by_tree, capacity, tree, &mut order, &mut offsets)
                 };
                 results.push((placed, order, offsets));
             }

@@ -58,6 +58,9 @@ def locate(rows: Ragged, cell: int) -> tuple[int, int]:
 
 def _from_rows(where: str, name: str, rows: list[Any], *, integers: bool) -> Ragged:
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    if {*map(type, rows)} <= {list, tuple}:
+        np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+        return Ragged(flatten(where, name, rows, int(offsets[-1]), integers=integers, nested=True), offsets)
     for index, row in enumerate(rows):
         if not isinstance(row, list | tuple) and not (is_array(row) and row.ndim == 1):
             _check.fail_type(where, f"{name}[{index}] must be a list or a one-dimensional array, got {describe(row)}")

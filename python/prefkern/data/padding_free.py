@@ -9,6 +9,7 @@ from prefkern import _check
 from prefkern.data._arrays import Array, core, describe, is_arrow, packed, threads, view
 from prefkern.data._ragged import is_column
 from prefkern.data._rows import ids
+from prefkern.data._sequences import fresh
 from prefkern.types import Flat
 
 WHERE = "data.flatten"
@@ -95,7 +96,7 @@ def _flat(name: str, tokens: Array, mask: Array | None, counts: Array, width: in
     total = int(bounds[-1])
     if total >= 2**31:
         _check.fail(WHERE, f"a batch must hold less than 2^31 tokens, whose boundaries are int32, got {total}")
-    outputs = [np.empty(total, dtype=np.int64) for _ in range(3)]
+    outputs = fresh(3, (total,))
     core().flatten_tokens(name, tokens, mask, bounds, width, *outputs, threads=threads())
     input_ids, position_ids, indices = (torch.from_numpy(output) for output in outputs)
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))

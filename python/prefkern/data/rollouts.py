@@ -9,7 +9,7 @@ from prefkern import _check
 from prefkern.data._arrays import Array, core, floats, packed, threads
 from prefkern.data._ragged import Ragged, locate, ragged, same_rows
 from prefkern.data._rows import columns, either, ids, scalars
-from prefkern.data._sequences import Sequences, options
+from prefkern.data._sequences import Sequences, fresh, options
 
 WHERE = "data.collate_rollouts"
 PER_TOKEN = ("logprobs", "ref_logprobs", "values", "rewards")
@@ -118,7 +118,7 @@ class _Responses:
         return values
 
     def place(self, values: Array, shift: int, *, blank: int = 0) -> torch.Tensor:
-        out = np.empty(self.shape, dtype=values.dtype)
+        (out,) = fresh(1, self.shape, values.dtype)
         core().place_rows(
             f"prefkern.{WHERE}",
             packed(values),

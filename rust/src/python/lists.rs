@@ -5,6 +5,7 @@ use pyo3::types::{PyList, PyTuple};
 
 use super::Array;
 use crate::buffer::{Call, Dtype, Writer};
+use crate::exact::{self, Exact};
 
 /// Copies the numbers of a list (or tuple) of numbers, or with `nested` of lists (or tuples) of numbers, into `values`,
 /// int64 or float64, which holds exactly their number. An element that is no such number is named, as `name[row][position]`
@@ -18,10 +19,9 @@ pub fn flatten(
     integers: bool,
     nested: bool,
 ) -> PyResult<()> {
-    let call = Call::new(place);
     if integers {
         typed::<i64>(
-            call,
+            place,
             name,
             "an integer that fits int64",
             rows,
@@ -29,12 +29,12 @@ pub fn flatten(
             nested,
         )
     } else {
-        typed::<f64>(call, name, "a number", rows, values, nested)
+        typed::<f64>(place, name, "a number", rows, values, nested)
     }
 }
 
 fn typed<'py, T>(
-    mut call: Call,
+    place: &str,
     name: &str,
     kind: &str,
     rows: Array<'_, 'py>,
@@ -42,8 +42,12 @@ fn typed<'py, T>(
     nested: bool,
 ) -> PyResult<()>
 where
-    T: Dtype + for<'a> FromPyObject<'a, 'py>,
+    T: Dtype + Exact + for<'a> FromPyObject<'a, 'py>,
 {
+    if all_exact::<T>(&mut Call::new(place), rows, values, nested)? {
+        return Ok(());
+    }
+    let mut call = Call::new(place);
     // Reading an element may run Python code, so that the output is borrowed only after the last one was read.
     let mut found: Vec<T> = Vec::new();
     let mut read = |position: usize, item: &Bound<'py, PyAny>, row: &str| match item.extract() {
@@ -75,6 +79,33 @@ where
     }
     values.copy_from_slice(&found);
     Ok(())
+}
+
+/// Copies numbers that are all exact ints, or exact floats, in which case no Python code runs; or says that some are not.
+fn all_exact<T: Dtype + Exact>(
+    call: &mut Call,
+    rows: Array<'_, '_>,
+    values: Array<'_, '_>,
+    nested: bool,
+) -> PyResult<bool> {
+    let mut values: Writer<T> = call.write("values", values)?;
+    let mut rest = values.slice_mut();
+    if !nested {
+        return Ok(exact::copy(rows, rest));
+    }
+    let mut copied = true;
+    each(rows, |_, items| {
+        let cells = if copied { items.len()? } else { 0 };
+        match std::mem::take(&mut rest).split_at_mut_checked(cells) {
+            Some((cells, after)) if copied => {
+                copied = exact::copy(items, cells);
+                rest = after;
+            }
+            _ => copied = false,
+        }
+        Ok(())
+    })?;
+    Ok(copied && rest.is_empty())
 }
 
 /// Calls `work` with the elements of a list or tuple and their positions.

@@ -93,6 +93,33 @@ def test_forked_dataloader_workers_do_not_hang():
     )
 
 
+def test_eight_forked_workers_for_a_thousand_batches():
+    assert (
+        run(
+            """
+        import torch
+        from prefkern.data import collate_pairs, flatten
+
+        def collate(rows):
+            torch.set_num_threads(4)  # workers are limited to one by default
+            batch = collate_pairs(rows, pad_token_id=0)
+            flat = flatten(batch["input_ids"], batch["attention_mask"])
+            return int(batch["completion_mask"].numpy().sum()), len(flat.input_ids)
+
+        rows = [{"prompt_ids": [1] * 50, "chosen_ids": [2] * 600, "rejected_ids": [3] * 700}] * 4000
+        torch.set_num_threads(4)
+        expected = collate(rows[:4])
+        assert expected == (4 * 1300, 4 * 1400)
+        workers = {"num_workers": 8, "multiprocessing_context": "fork"}
+        batches = list(torch.utils.data.DataLoader(rows, 4, collate_fn=collate, **workers))
+        assert batches == [expected] * 1000
+        print("done")
+        """
+        )
+        == "done"
+    )
+
+
 def test_what_is_loaded_when():
     """The compiled module at the first call, pyarrow with the first Arrow object; without the former, what to do."""
     message = run(

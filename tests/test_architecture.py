@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "head_bwd": {"head", "plan", "products", "several", "tiles"},
     "ops": {"head", "head_bwd", "plan", "products", "reference", "kernels", "tiles"},
     "stream": {"plan", "products", "tiles"},
-    "stream_ops": {"ops", "stream", "tiles"},
+    "stream_ops": {"ops", "products", "stream"},
     "_head_inputs": set(),
     "_rows": {"ops"},
     "logprobs": {"_head_inputs", "_rows", "live", "ops", "plan"},

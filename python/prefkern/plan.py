@@ -198,7 +198,7 @@ def forward_bytes(head: Head, K: int, F: int) -> int:
         unscaled = 0 if head.direct else head.rows(F) * head.row * head.compute_bytes
         raw = rows * V * wide * (head.entropy_grad and not head.accelerator)
         logits += unscaled * (rows < N or F < N)
-        fold += unscaled + raw
+        fold += unscaled + raw + _products_beside(head._replace(grad_weight=False), rows, V)
     return held_bytes(head, K, F) + max(logits, fold) + tile + 3 * wide * N
 
 

@@ -18,7 +18,7 @@ def test_upcast_products(
     accumulate: bool,
 ) -> None:
     monkeypatch.setattr(products, "native", lambda dtype: False)
-    monkeypatch.setattr(products, "_UPCAST_BYTES", 600)  # several slices, the last of them short
+    monkeypatch.setattr(products.plan, "CAST_BYTES", 600)  # several slices, the last of them short
     M, K, P = shape
     a, b = torch.randn(K, M).to(dtype).T, torch.randn(K, P).to(dtype)
     out = torch.randn(M, P).to(out_dtype or dtype)

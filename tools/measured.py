@@ -5,7 +5,8 @@ Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/resul
 (``python -m prefkern bench --json``), ``bench/results/data/bench.json`` (``python -m prefkern bench data --json``),
 ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
 --markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``), ``bench/results/cpu-head.md``
-(``bench/cpu_head.py --markdown``), ``bench/results/ppo-*.md`` (``bench/ppo.py``) and ``bench/results/ppo-example/``
+(``bench/cpu_head.py --markdown``), ``bench/results/divergence.md`` (``bench/divergence.py --markdown``),
+``bench/results/ppo-*.md`` (``bench/ppo.py``) and ``bench/results/ppo-example/``
 (``examples/ppo.py``).
 ``--check`` writes nothing and fails where a file would change.
 """
@@ -132,6 +133,9 @@ def data_tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+PPO = ("ppo-step", "ppo-learning", "ppo-example/report")
+
+
 def sections() -> dict[str, str]:
     found: dict[str, str] = {}
     cpu, gpu = RESULTS / "cpu" / "bench.json", RESULTS / "gpu" / "bench.json"
@@ -144,7 +148,7 @@ def sections() -> dict[str, str]:
     data = RESULTS / "data" / "bench.json"
     if data.exists():
         found["data"] = data_tables(json.loads(data.read_text()))
-    for name in ("mutants", "compile", "demo", "cpu-head", "ppo-step", "ppo-learning", "ppo-example/report"):
+    for name in ("mutants", "compile", "demo", "cpu-head", "divergence", *PPO):
         path = RESULTS / f"{name}.md"
         if path.exists():
             found[name.removesuffix("/report")] = path.read_text().strip()

@@ -1,6 +1,6 @@
 """One rollout and three updates against the formulas of TRL 1.12's PPOTrainer, in float64, with full logits.
 
-The package itself, run on a tiny model in float32 with a separate value model, gave the same: KL and losses within 1e-7,
+The package itself, run once on a tiny model in float32 with a value model, gave the same: KL and losses within 1e-7,
 weights after three updates of AdamW within 1.2e-7.
 """
 

@@ -7,7 +7,7 @@ PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 
-.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-engine measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -67,6 +67,11 @@ measure: setup ## run the benchmark and rewrite the measured tables of README.md
 
 cpu-head: setup ## where the time of the head on a CPU goes; rewrites docs/cpu-head.md
 	@$(BIN)/python bench/cpu_head.py --markdown bench/results/cpu-head.md
+	@$(BIN)/python tools/measured.py
+
+measure-engine: setup ## count the head's products, time its growth, and the divergences; rewrite their tables
+	@$(BIN)/python bench/engine.py --markdown bench/results/engine.md --plot bench/results/engine.png
+	@$(BIN)/python bench/divergence.py --markdown bench/results/divergence.md
 	@$(BIN)/python tools/measured.py
 
 measure-data: setup ## time batching and advantages beside their peers and a copy; rewrite their table

@@ -6,6 +6,7 @@ Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/resul
 ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
 --markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``), ``bench/results/cpu-head.md``
 (``bench/cpu_head.py --markdown``), ``bench/results/divergence.md`` (``bench/divergence.py --markdown``),
+``bench/results/engine.md`` (``bench/engine.py --markdown``),
 ``bench/results/ppo-*.md`` (``bench/ppo.py``) and ``bench/results/ppo-example/``
 (``examples/ppo.py``).
 ``--check`` writes nothing and fails where a file would change.
@@ -148,7 +149,7 @@ def sections() -> dict[str, str]:
     data = RESULTS / "data" / "bench.json"
     if data.exists():
         found["data"] = data_tables(json.loads(data.read_text()))
-    for name in ("mutants", "compile", "demo", "cpu-head", "divergence", *PPO):
+    for name in ("mutants", "compile", "demo", "cpu-head", "divergence", "engine", *PPO):
         path = RESULTS / f"{name}.md"
         if path.exists():
             found[name.removesuffix("/report")] = path.read_text().strip()

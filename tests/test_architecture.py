@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan_command": {"plan"},
     "cli": {"benchmark", "demo", "doctor", "plan_command"},
     "__main__": {"cli"},
-    "__init__": {"data", "divergence", "integrations", "logprobs", "losses", "objectives"},
+    "__init__": {"data", "divergence", "integrations", "logprobs", "losses", "plan"},
 }
 FREE = {"types", "_check"}
 FORBIDDEN_AT_IMPORT = {"triton", "trl", "transformers", "datasets", "matplotlib", "rich", "pyarrow"}

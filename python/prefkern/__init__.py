@@ -1,7 +1,8 @@
 """prefkern: losses for preference and policy optimisation of language models.
 
 Token log-probabilities from hidden states in the fewest matrix products, exact to float32, and every loss as ordinary
-autograd on them. Importing this package loads torch only: Triton, the compiled core and the trainers load at first use.
+autograd on them. Importing this package loads torch only: operators, Triton, the compiled core and the trainers load at
+first use.
 """
 
 import importlib
@@ -9,36 +10,36 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from prefkern._check import MissingDependency
-from prefkern.divergence import kl_divergence, linear_kl_divergence
-from prefkern.logprobs import linear_token_logprobs, token_logprobs
-from prefkern.losses import (
-    DPOLoss,
-    KTOLoss,
-    ORPOLoss,
-    PPOLoss,
-    cpo_loss,
-    dpo_loss,
-    kto_kl,
-    kto_loss,
-    linear_cpo_loss,
-    linear_cross_entropy,
-    linear_dpo_loss,
-    linear_kto_loss,
-    linear_loss,
-    linear_orpo_loss,
-    linear_ppo_loss,
-    orpo_loss,
-    pair_logps,
-    ppo_loss,
-    sequence_logps,
-    shift_labels,
-    topk_kl,
-    value_loss,
-)
-from prefkern.types import LossOutput, PairLogps, TokenDivergence, TokenStats
 
 if TYPE_CHECKING:
-    from prefkern import data, integrations
+    from prefkern import data, integrations, plan
+    from prefkern.divergence import kl_divergence, linear_kl_divergence
+    from prefkern.logprobs import linear_token_logprobs, token_logprobs
+    from prefkern.losses import (
+        DPOLoss,
+        KTOLoss,
+        ORPOLoss,
+        PPOLoss,
+        cpo_loss,
+        dpo_loss,
+        kto_kl,
+        kto_loss,
+        linear_cpo_loss,
+        linear_dpo_loss,
+        linear_kto_loss,
+        linear_loss,
+        linear_orpo_loss,
+        linear_ppo_loss,
+        orpo_loss,
+        pair_logps,
+        ppo_loss,
+        sequence_logps,
+        shift_labels,
+        topk_kl,
+        value_loss,
+    )
+    from prefkern.losses.linear_cross_entropy import linear_cross_entropy
+    from prefkern.types import LossOutput, PairLogps, TokenDivergence, TokenStats
 
 __version__ = version("prefkern")
 
@@ -70,6 +71,7 @@ __all__ = [
     "linear_token_logprobs",
     "orpo_loss",
     "pair_logps",
+    "plan",
     "ppo_loss",
     "sequence_logps",
     "shift_labels",
@@ -79,7 +81,30 @@ __all__ = [
 ]
 
 
+_PARTS = {"data", "integrations", "plan"}
+_HOMES = {
+    "kl_divergence": "divergence",
+    "linear_kl_divergence": "divergence",
+    "linear_token_logprobs": "logprobs",
+    "token_logprobs": "logprobs",
+    "LossOutput": "types",
+    "PairLogps": "types",
+    "TokenDivergence": "types",
+    "TokenStats": "types",
+}
+"""Where a public name is defined, if not in `prefkern.losses`."""
+
+
 def __getattr__(name: str) -> object:
-    if name in ("data", "integrations"):
+    """Loads what is asked for when it is first asked for: a script pays for the operators that it uses."""
+    if name in _PARTS:
         return importlib.import_module(f"prefkern.{name}")
-    raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"prefkern.{_HOMES.get(name, 'losses')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,5 @@
 """The matrix products: 16-bit operands, float32 accumulation, and a float32 result where it must not be rounded."""
 
-import functools
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,15 +66,19 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         out.copy_(torch.mm(a, b))
 
 
-@functools.cache
-def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 10 to 100 times
-    slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
-    if dtype != torch.bfloat16:
-        return dtype != torch.float16
+def _bfloat16_units() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+_BFLOAT16 = _bfloat16_units()
+
+
+def native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 10 to 100 times
+    slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
+    return _BFLOAT16 if dtype == torch.bfloat16 else dtype != torch.float16
 
 
 def _upcast_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
@@ -128,10 +131,12 @@ class Weight:
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
         """``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""
         hidden = hidden.to(self._factors)
-        step = self._columns(self._factors) if self._weight.dtype != self._factors else self._weight.shape[0]
+        casts = self.casts or self._dtype != self._factors
+        step = self._columns(self._factors) if casts else self._weight.shape[0]
         for start, stop in _slices(columns, step):
-            part = self._weight[start:stop].to(self._dtype).to(self._factors)
-            mm(hidden, part.T, out[:, start - columns.start : stop - columns.start])
+            # no name for the cast slice: it must be gone before the next is made
+            own = out[:, start - columns.start : stop - columns.start]
+            mm(hidden, self._weight[start:stop].to(self._dtype).to(self._factors).T, own)
 
     def hidden(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
         """``out (+)= tile @ weight[columns]`` for a tile of those columns in the compute dtype; with several slices

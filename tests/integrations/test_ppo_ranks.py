@@ -64,6 +64,7 @@ def accelerator(sharded: bool) -> Accelerator:
 
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1"}  # accelerate warns where it is not set
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     for index, kind in enumerate(("ddp", "fsdp2")):
         os.environ["MASTER_PORT"] = str(_port(folder, index))

@@ -212,7 +212,7 @@ def test_the_budget_on_an_accelerator() -> None:
     head = plan.Head(N, H, V, 2, 2, 2, accelerator=True)
     assert trl_memory.trl_peak(head) == 6 * V * H + 6 * N * H + 4096 * 32768 * 2
     held = trl_memory.trl_peak(head) - trl_memory.own_peak(head)
-    assert 0.9 * 4 * V * H < held < 4 * V * H
+    assert abs(held - 4 * V * H) < 0.1 * 4 * V * H
     autocast = head._replace(hidden_bytes=4, weight_bytes=4)  # float32 weights: cast whole, but before any gradient
     assert trl_memory.trl_peak(autocast) > trl_memory.own_peak(autocast)
     frozen = head._replace(grad_weight=False)

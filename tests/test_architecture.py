@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": set(),
     "live": set(),
     "products": {"plan"},
-    "tiles": set(),
+    "tiles": {"plan"},
     "reference": {"plan"},
     "kernels": set(),
     "several": {"reference", "tiles"},

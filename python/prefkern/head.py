@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefkern import plan, several
 from prefkern.products import Weight, mm
-from prefkern.tiles import Logits, Tiles, stats_rows
+from prefkern.tiles import Logits, Tiles, empty_tile, stats_rows
 from prefkern.types import RowStats
 
 
@@ -49,13 +49,6 @@ class LowRank:
 
     def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
         mm(self.x[rows], self._b[columns].T, tile, accumulate=True)
-
-
-def empty_tile(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[rows, V]`` whose rows begin where wide loads and products want them."""
-    return torch.empty(rows, plan.row_elements(V, dtype.itemsize, device.type != "cpu"), dtype=dtype, device=device)[
-        :, :V
-    ]
 
 
 def forward(

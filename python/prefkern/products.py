@@ -139,12 +139,15 @@ class Weight:
             mm(hidden, self._weight[start:stop].to(self._dtype).to(self._factors).T, own)
 
     def hidden(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
-        """``out (+)= tile @ weight[columns]`` for a tile of those columns in the compute dtype; with several slices
-        ``out`` should be wide, since it is added to."""
-        step = self._columns(self._dtype) if self.casts else self._weight.shape[0]
+        """``out (+)= tile @ weight[columns]`` for a tile of those columns, in the compute dtype or wider; with several
+        slices ``out`` should be wide, since it is added to."""
+        casts = self.casts or tile.dtype != self._dtype
+        step = self._columns(tile.dtype) if casts else self._weight.shape[0]
         for start, stop in _slices(columns, step):
             part = tile[:, start - columns.start : stop - columns.start]
-            mm(part, self._weight[start:stop].to(self._dtype), out, accumulate=accumulate or start > columns.start)
+            own = self._weight[start:stop].to(self._dtype).to(tile.dtype)
+            mm(part, own, out, accumulate=accumulate or start > columns.start)
+            del own  # it must be gone before the next is made
 
 
 def _slices(columns: slice, step: int) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefkern import plan
 from prefkern.products import Weight, mm
-from prefkern.tiles import Logits, Tiles
+from prefkern.tiles import Logits, Tiles, empty_tile
 from prefkern.types import RowStats
 
 TILE_BYTES = 64 << 20
@@ -110,10 +110,10 @@ def run(
     dtype = w.wide if tiles.IN_PLACE else head.compute_dtype  # of u, and of the factors of its products
     size = tiling(H, V, w.wide.itemsize, 0 if tiles.IN_PLACE else dtype.itemsize, max_memory)
     rows = _even(N, size.panel)
-    tile = head.hidden.new_empty(min(size.chunk, rows), V, dtype=w.wide)
+    tile = empty_tile(min(size.chunk, rows), V, w.wide, head.hidden.device)
     u = tile
     if not tiles.IN_PLACE:
-        u = head.hidden.new_empty(rows, V, dtype=dtype)
+        u = empty_tile(rows, V, dtype, head.hidden.device)
 
     wanted = any(grad is not None for grad in grads)
     scales = _Scales.of(coefficients, head.targets, head.logits, dtype)
@@ -132,7 +132,7 @@ def run(
                 tiles,
             )
         if wanted:
-            _add_panel(head, u[: panel.stop - start], panel, scales._replace(row=scales.row[panel]), grads, totals)
+            _add_panel(head, w, u[: panel.stop - start], panel, scales._replace(row=scales.row[panel]), grads, totals)
     totals.finish(scales)
 
 
@@ -153,13 +153,15 @@ def _fold(head: Head, w: Weight, at: slice, tile: Tensor, stats: RowStats, u: Te
     )
 
 
-def _add_panel(head: Head, u: Tensor, panel: slice, scales: _Scales, grads: Gradients, totals: "_Totals") -> None:
+def _add_panel(
+    head: Head, w: Weight, u: Tensor, panel: slice, scales: _Scales, grads: Gradients, totals: "_Totals"
+) -> None:
     wide = scales.row.dtype
     if grads.hidden is not None:
         product = grads.hidden[panel]
         if product.dtype != wide:
             product = torch.empty_like(product, dtype=wide)
-        _hidden_product(u, head.weight, head.compute_dtype, product)
+        w.hidden(u, slice(0, u.shape[1]), product)
         scales.finish(product.mul_(scales.row.unsqueeze(-1)))
         if product.dtype != grads.hidden.dtype:
             grads.hidden[panel] = product
@@ -174,17 +176,6 @@ def _even(N: int, rows: int) -> int:
     """Panels of about equal size: a last one of few rows would cost as much as a whole one in additions."""
     panels = max(1, -(-N // rows))
     return max(1, -(-N // panels))
-
-
-def _hidden_product(u: Tensor, weight: Tensor, compute_dtype: torch.dtype, out: Tensor) -> None:
-    """``out = u W``; a weight of another dtype is cast slice by slice."""
-    V, H = weight.shape
-    step = V
-    if weight.dtype != compute_dtype or compute_dtype != u.dtype:
-        step = max(1, (plan.SCRATCH_BYTES if weight.is_cuda else CAST_BYTES) // (u.element_size() * H))
-    for start in range(0, V, step):
-        part = weight[start : start + step].to(compute_dtype).to(u.dtype)
-        mm(u[:, start : start + step], part, out, accumulate=start > 0)
 
 
 class _Totals:

@@ -2,8 +2,10 @@
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from prefkern import plan
 from prefkern.types import RowStats, Temperature
 
 
@@ -79,3 +81,10 @@ class Logits(NamedTuple):
 
 def stats_rows(stats: RowStats, rows: slice) -> RowStats:
     return RowStats._make(None if value is None else value[rows] for value in stats)
+
+
+def empty_tile(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[rows, V]`` whose rows begin where wide loads and products want them."""
+    return torch.empty(rows, plan.row_elements(V, dtype.itemsize, device.type != "cpu"), dtype=dtype, device=device)[
+        :, :V
+    ]

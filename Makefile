@@ -75,7 +75,7 @@ measure-engine: setup ## count the head's products, time its growth, and the div
 	@$(BIN)/python tools/measured.py
 
 measure-data: setup ## time batching and advantages beside their peers and a copy; rewrite their table
-	@$(BIN)/python -m prefkern bench data --json --output bench/results/data
+	@$(BIN)/python -m prefkern bench data --json --plot --output bench/results/data
 	@$(BIN)/python tools/measured.py
 
 ppo-measure: setup ## a PPO step against plain PyTorch, learning against a known best; rewrite the measured tables

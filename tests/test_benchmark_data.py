@@ -11,6 +11,7 @@ from prefkern.benchmark import command, data_command, data_run
 from prefkern.benchmark.data_cases import advantages, areas
 from prefkern.benchmark.data_cases._advantage_peers import trl_gae, verl_gae
 from prefkern.benchmark.data_cases.case import FLOOR, OURS, DataCase, Goal, Prepared
+from prefkern.benchmark.data_plot import growth_plot
 
 
 def nothing() -> None:
@@ -130,3 +131,16 @@ def test_full_cases_have_the_shapes_that_are_promised() -> None:
     assert sizes == {
         f"[{rows}, {width}] float32" for rows, width in ((64, 1024), (256, 2048), (1024, 4096), (4096, 128))
     }
+
+
+def test_growth_is_a_picture_of_what_was_measured(tmp_path) -> None:
+    def case(size: str, seconds: float | None) -> dict[str, object]:
+        entry = {"name": "prefkern", "seconds": None if seconds is None else {"median": seconds}}
+        return {"name": "growth", "size": size, "wrong": None, "contenders": [entry]}
+
+    path = tmp_path / "growth.png"
+    assert not growth_plot([case("1 000 tokens", 1e-6)], path)
+    assert not growth_plot([case("1 000 tokens", 1e-6), case("10 000 tokens", None)], path)
+    assert not path.exists()
+    assert growth_plot([case("1 000 tokens", 1e-6), case("10 000 tokens", 1e-5)], path)
+    assert path.read_bytes()[:4] == b"\x89PNG"

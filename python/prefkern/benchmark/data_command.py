@@ -14,6 +14,7 @@ import torch
 from prefkern.benchmark import machine, report
 from prefkern.benchmark.data_cases import areas
 from prefkern.benchmark.data_cases.case import DataCase
+from prefkern.benchmark.data_plot import PICTURE, growth_plot
 from prefkern.benchmark.data_run import measure
 from prefkern.benchmark.progress import Progress, positive
 
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive, metavar="R", help=f"interleaved rounds (default: {ROUNDS})")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and two rounds: a test of the harness")
     parser.add_argument("--json", action="store_true", help="write bench.json into the output folder")
+    parser.add_argument("--plot", action="store_true", help="write growth.png into the output folder")
     parser.add_argument(
         "--output", type=Path, default=Path("prefkern-bench"), metavar="DIR", help="default: %(default)s"
     )
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": rounds,
         "cases": [],
     }
-    if given.json:
+    if given.json or given.plot:
         given.output.mkdir(parents=True, exist_ok=True)
     progress, wrong = Progress(), []
     for number, (area, case) in enumerate(cases, 1):
@@ -73,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             (given.output / NUMBERS).write_text(json.dumps(results, indent=1) + "\n")
     if given.json:
         print(f"numbers: {given.output / NUMBERS}")
+    if given.plot and growth_plot(results["cases"], given.output / PICTURE):
+        print(f"plot: {given.output / PICTURE}")
     for text in wrong:
         print(f"prefkern bench data: not timed, {text}", file=sys.stderr)
     return int(bool(wrong))

@@ -80,6 +80,8 @@ def operators() -> list[Check]:
     heads: tuple[tuple[str, Callable[[torch.device], None]], ...] = (
         ("linear_token_logprobs", _linear_token_logprobs),
         ("token_logprobs", _token_logprobs),
+        ("linear_cross_entropy", _linear_cross_entropy),
+        ("linear_kl_divergence", _linear_kl_divergence),
     )
     cpu = torch.device("cpu")
     checks = [_run(name, cpu, "plain torch", TORCH_WHY, check) for name, check in heads]
@@ -142,6 +144,28 @@ def _token_logprobs(device: torch.device) -> None:
     ours = prefkern.token_logprobs(logits, targets.to(device)).logps
     _expect("log-probabilities", ours, logps)
     _expect("gradients", *torch.autograd.grad(ours.sum(), logits), *torch.autograd.grad(logps.sum(), exact))
+
+
+def _linear_cross_entropy(device: torch.device) -> None:
+    hidden, weight, targets = _head()
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    loss = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    found = [hidden.to(device).requires_grad_(), weight.to(device).requires_grad_()]
+    ours = prefkern.linear_cross_entropy(found[0], found[1], targets.to(device)).loss
+    _expect("losses", ours, loss)
+    for got, want in zip(torch.autograd.grad(ours, found), torch.autograd.grad(loss, exact), strict=True):
+        _expect("gradients", got, want)
+
+
+def _linear_kl_divergence(device: torch.device) -> None:
+    hidden, weight, _ = _head()
+    exact = (hidden / 2).double().requires_grad_()
+    policy, reference = (torch.log_softmax(h @ weight.double().T, -1) for h in (exact, hidden.double()))
+    divergence = (reference.exp() * (reference - policy)).sum(-1)
+    found = (hidden / 2).to(device).requires_grad_()
+    ours = prefkern.linear_kl_divergence(found, weight.to(device), hidden.to(device), weight.to(device))
+    _expect("divergences", ours, divergence)
+    _expect("gradients", *torch.autograd.grad(ours.sum(), found), *torch.autograd.grad(divergence.sum(), exact))
 
 
 def _same(what: str, got: object, want: object) -> None:

@@ -4,7 +4,8 @@
 Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
 (``python -m prefkern bench --json``), ``bench/results/data/bench.json`` (``python -m prefkern bench data --json``),
 ``bench/results/mutants.md`` (``tools/mutants.py --markdown``), ``bench/results/compile.md`` (``tools/compile_report.py
---markdown``), ``bench/results/demo.md`` (``python -m prefkern demo``), ``bench/results/cpu-head.md``
+--markdown``), ``bench/results/demo.md`` (the ``table.md`` of
+``python -m prefkern demo``), ``bench/results/cpu-head.md``
 (``bench/cpu_head.py --markdown``), ``bench/results/divergence.md`` (``bench/divergence.py --markdown``),
 ``bench/results/engine.md`` (``bench/engine.py --markdown``),
 ``bench/results/ppo-*.md`` (``bench/ppo.py``) and ``bench/results/ppo-example/``

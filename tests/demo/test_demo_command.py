@@ -88,12 +88,14 @@ def test_a_whole_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert main([str(part) for option in options.items() for part in option]) == 0
     printed, complaints = capfd.readouterr()
     assert complaints == ""
-    assert [path.name for path in output.iterdir()] == ["curves.png"]
+    assert {path.name for path in output.iterdir()} == {"curves.png", "table.md"}
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in _cells(printed)}
     heads = 2 * 1 + 2 * steps  # three held-out pairs, scored twice; policy and reference in every step
     assert table["head calls served by prefkern"] == ["0", str(heads)]
     assert float(table["loss curves, largest difference"][1]) < 1e-4
+    written = (output / "table.md").read_text()
+    assert f"| loss curves, largest difference |  | {table['loss curves, largest difference'][1]} |" in written
     assert all(cell.startswith("0.693 → ") for cell in table["loss on 3 held-out pairs"])
     assert all(cell.startswith("50% → ") for cell in table["accuracy"])
     assert table["accuracy"][0] == table["accuracy"][1]

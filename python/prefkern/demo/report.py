@@ -16,7 +16,7 @@ from prefkern._check import require
 from prefkern.demo.data import Refused
 from prefkern.demo.train import Run
 
-PLOT = "curves.png"
+PLOT, TABLE = "curves.png", "table.md"
 
 
 def check_output(folder: Path) -> None:
@@ -32,33 +32,57 @@ def largest_difference(theirs: Run, ours: Run) -> float:
     return max(abs(one.loss - other.loss) for one, other in zip(theirs.steps, ours.steps, strict=True))
 
 
-def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
+def rows(theirs: Run, ours: Run, *, held_out: int) -> list[list[tuple[str, str, str]]]:
+    """The table: sections of rows of a name, TRL's value and prefkern's."""
     runs = (theirs, ours)
+
+    def change(kind: str, form: str) -> tuple[str, str]:
+        first, second = (
+            f"{format(getattr(r.before, kind), form)} → {format(getattr(r.after, kind), form)}" for r in runs
+        )
+        return first, second
+
+    steps = [statistics.median(step.seconds for step in run.steps) for run in runs]
+    heads = [statistics.median(step.head_seconds for step in run.steps) for run in runs]
+    peaks = [float(run.head_peak) for run in runs]
+    less = [f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else "" for values in (heads, peaks)]
+    return [
+        [
+            (f"loss on {held_out} held-out pairs", *change("loss", ".3f")),
+            ("margin, chosen over rejected", *change("margin", ".2f")),
+            ("accuracy", *change("accuracy", ".0%")),
+        ],
+        [
+            ("loss curves, largest difference", "", f"{largest_difference(theirs, ours):.1e}"),
+            ("head calls served by prefkern", str(theirs.prefkern_calls), str(ours.prefkern_calls)),
+        ],
+        [
+            ("a training step (median)", f"{steps[0]:.2f} s", f"{steps[1]:.2f} s"),
+            ("  of it the head (both models)", f"{heads[0]:.2f} s", f"{less[0]}{heads[1]:.2f} s"),
+            ("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{less[1]}{peaks[1] / 1e6:.0f} MB"),
+        ],
+    ]
+
+
+def show(console: Console, theirs: Run, ours: Run, *, held_out: int) -> None:
     table = Table(title="DPO with TRL's DPOTrainer, same seed", title_style="bold", min_width=72)
     table.add_column("")
     table.add_column("TRL's own head", justify="right")
     table.add_column("prefkern", justify="right", style="green")
-
-    def change(kind: str, form: str) -> list[str]:
-        return [f"{format(getattr(r.before, kind), form)} → {format(getattr(r.after, kind), form)}" for r in runs]
-
-    table.add_section()
-    table.add_row(f"loss on {held_out} held-out pairs", *change("loss", ".3f"))
-    table.add_row("margin, chosen over rejected", *change("margin", ".2f"))
-    table.add_row("accuracy", *change("accuracy", ".0%"))
-    table.add_section()
-    table.add_row("loss curves, largest difference", "", f"{largest_difference(theirs, ours):.1e}")
-    table.add_row("head calls served by prefkern", *(str(run.prefkern_calls) for run in runs))
-    table.add_section()
-    steps = [statistics.median(step.seconds for step in run.steps) for run in runs]
-    heads = [statistics.median(step.head_seconds for step in run.steps) for run in runs]
-    peaks = [float(run.head_peak) for run in runs]
-    table.add_row("a training step (median)", *(f"{seconds:.2f} s" for seconds in steps))
-    less = [f"({values[0] / values[1]:.1f} x less) " if values[1] < values[0] else "" for values in (heads, peaks)]
-    table.add_row("  of it the head (both models)", f"{heads[0]:.2f} s", f"{less[0]}{heads[1]:.2f} s")
-    table.add_row("peak memory of the head", f"{peaks[0] / 1e6:.0f} MB", f"{less[1]}{peaks[1] / 1e6:.0f} MB")
+    for section in rows(theirs, ours, held_out=held_out):
+        table.add_section()
+        for row in section:
+            table.add_row(*row)
     console.print()
     console.print(table)
+
+
+def markdown(theirs: Run, ours: Run, *, held_out: int) -> str:
+    """The same table for a page."""
+    lines = ["| | TRL's own head | prefkern |", "| --- | ---: | ---: |"]
+    for section in rows(theirs, ours, held_out=held_out):
+        lines += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in section]
+    return "\n".join(lines) + "\n"
 
 
 def show_answers(
@@ -91,9 +115,11 @@ def plot(theirs: Run, ours: Run) -> bytes:
     return picture.getvalue()
 
 
-def save(folder: Path, picture: bytes) -> Path:
-    """Writes the plot whole or not at all."""
+def save(folder: Path, picture: bytes, table: str) -> Path:
+    """Writes plot and table, each whole or not at all; returns the plot's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
-        part.write(picture)
-    return Path(part.name).replace(folder / PLOT)
+    for name, content in ((TABLE, table.encode()), (PLOT, picture)):
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+            part.write(content)
+        written = Path(part.name).replace(folder / name)
+    return written

@@ -72,8 +72,9 @@ def run(name: str | None, pairs: list[data.Pair], steps: int, output: Path) -> N
 
             theirs = trained("train with TRL's own head", False, [])
             ours = trained("train with prefkern, and answer", True, questions)
-    path = report.save(output, report.plot(theirs, ours))
-    report.show(console, theirs, ours, held_out=len(split.held_out))
+    held_out = len(split.held_out)
+    path = report.save(output, report.plot(theirs, ours), report.markdown(theirs, ours, held_out=held_out))
+    report.show(console, theirs, ours, held_out=held_out)
     report.show_answers(console, questions, before, ours.answers, steps)
     console.print(f"\nplot: {path}   ({time.monotonic() - began:.0f} s in all)", highlight=False)
 

@@ -76,7 +76,7 @@ _BFLOAT16 = _bfloat16_units()
 
 
 def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 10 to 100 times
+    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 5 to 100 times
     slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
     return _BFLOAT16 if dtype == torch.bfloat16 else dtype != torch.float16
 

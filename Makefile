@@ -6,6 +6,7 @@ UV := $(BIN)/python -m uv
 PIP := $(UV) pip install --python $(BIN)/python --constraint constraints.txt
 RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n > 8 ? 8 : n)))
 
 .PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-engine measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
@@ -53,7 +54,7 @@ ppo: setup ## PPO on SmolLM2-135M with a reward for brevity: CPU, offline, minut
 test: setup $(TRITON_OLD)/.done test-rust test-python ## run all tests
 
 test-python: setup $(TRITON_OLD)/.done
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-rust: setup
 	@PYO3_PYTHON="$(CURDIR)/$(BIN)/python" bash tools/cargo_test.sh

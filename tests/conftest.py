@@ -7,7 +7,7 @@ import torch
 
 if not torch.cuda.is_available():  # must be set before the first `import triton`, and stay set
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

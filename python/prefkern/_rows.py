@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefkern import _check
-from prefkern.ops import OPTIONAL
+from prefkern.operators import OPTIONAL
 from prefkern.types import Output, Temperature, TokenStats
 
 

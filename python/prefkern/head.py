@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern import plan, several
+from prefkern import plan, several, sliced
 from prefkern.products import Weight, mm
 from prefkern.tiles import Logits, Tiles, empty_tile, stats_rows
 from prefkern.types import RowStats
@@ -60,6 +60,7 @@ def forward(
     kept: Kept,
     logits: Logits,
     tiles: Tiles,
+    scratch_bytes: int = plan.SCRATCH_BYTES,
 ) -> None:
     """Fills ``stats`` and ``kept``: one product, and one more for each part of a frozen head's gradient."""
     N, V = hidden.shape[0], weight.shape[0]
@@ -67,9 +68,12 @@ def forward(
     dtype, every = kept.held.dtype, slice(0, V)
     operand = hidden.to(dtype)
     held = kept.held[:, :V]
-    rows = plan.chunk_rows(V, max(dtype.itemsize, 4), hidden.is_cuda)
-    w = Weight(weight, dtype, keep=rows < N)
+    rows, columns = plan.tile_shape(N, V, max(dtype.itemsize, 4), hidden.is_cuda, scratch_bytes)
+    w = Weight(weight, dtype, keep=rows < N and scratch_bytes >= plan.SCRATCH_BYTES, scratch=scratch_bytes)
     low = None if adapter is None else LowRank(adapter, operand, w.wide)
+    if columns < V and K + F == 0 and targets.ndim == 1:
+        sliced.forward(operand, w, low, targets, stats, logits, tiles, V, (rows, columns))
+        return
     direct = tiles.IN_PLACE and dtype == w.wide
     scratch: Tensor | None = None
     unscaled: Tensor | None = None  # a frozen head's u, where it cannot stand in the tile

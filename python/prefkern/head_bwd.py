@@ -88,6 +88,7 @@ def backward(
     g_logps: Tensor | None,
     g_entropy: Tensor | None,
     need: Need,
+    scratch_bytes: int = plan.SCRATCH_BYTES,
 ) -> Gradients:
     """The gradients that are needed, from what the forward has kept."""
     given = (
@@ -131,7 +132,9 @@ def backward(
         rest = slice(F, N)
         rows = (targets[rest], stats_rows(stats, rest), logits.rows(rest))
         own = grads._replace(hidden=None if grads.hidden is None else grads.hidden[rest])
-        _Rows(hidden[rest], weight, adapter, *rows, tiles, upstream).write(kept.held, scales.rows(rest), own)
+        _Rows(hidden[rest], weight, adapter, *rows, tiles, upstream, scratch_bytes).write(
+            kept.held, scales.rows(rest), own
+        )
     return grads
 
 
@@ -171,12 +174,13 @@ class _Rows(NamedTuple):
     logits: Logits
     tiles: Tiles
     upstream: several.Upstream | None
+    scratch_bytes: int
 
     def write(self, held: Tensor, scales: RowScales, grads: Gradients) -> None:
         """Fills ``grads``; ``held [K, V]`` has the first K rows."""
         N, H = self.hidden.shape
         V, dtype = self.weight.shape[0], held.dtype
-        w = Weight(self.weight, dtype)
+        w = Weight(self.weight, dtype, scratch=self.scratch_bytes)
         operand = self.hidden.to(dtype)
         low = None if self.adapter is None else LowRank(self.adapter, operand, w.wide)
         if scales.e is None and self.upstream is None:
@@ -216,7 +220,7 @@ class _Rows(NamedTuple):
             K = 0  # the softcap's factor is already in u: p cannot be read back from it
         direct = self.tiles.IN_PLACE and dtype == w.wide
         padding = 0 if self.upstream is None else several.PADDING
-        step = plan.slice_columns(N, V, dtype.itemsize + (0 if direct else w.wide.itemsize))
+        step = plan.slice_columns(N, V, dtype.itemsize + (0 if direct else w.wide.itemsize), self.scratch_bytes)
         buffer = torch.empty(N * (step + padding), dtype=dtype, device=device)
         scratch = None if direct else torch.empty((N - K) * step, dtype=w.wide, device=device)
         recomputed = slice(K, N)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prefkern import _check, live, plan
+from prefkern import _check, live, ops, plan  # noqa: F401 - ops defines the operators
 from prefkern._head_inputs import adapter, allowed_only, check_head
 from prefkern._rows import Rows
 from prefkern.types import LoRA, Output, Temperature, TokenStats
@@ -112,6 +112,49 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError: as `token_logprobs`.
     """
+    return bounded_token_logprobs(
+        hidden,
+        weight,
+        targets,
+        plan.SCRATCH_BYTES,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        outputs=outputs,
+        entropy_grad=entropy_grad,
+        vocab_mask=vocab_mask,
+        lora=lora,
+        compute_dtype=compute_dtype,
+        max_memory=max_memory,
+        num_scored=num_scored,
+        group=group,
+    )
+
+
+def bounded_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scratch_bytes: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: Temperature = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: Sequence[Output] = ("logps",),
+    entropy_grad: bool = False,
+    vocab_mask: Tensor | None = None,
+    lora: LoRA | None = None,
+    compute_dtype: torch.dtype | None = None,
+    max_memory: int | None = None,
+    num_scored: int | None = None,
+    group: None = None,
+) -> TokenStats:
+    """`linear_token_logprobs` with scratch of so many bytes at a time, for a caller whose own peak is the bound. With
+    less than the usual scratch nothing is kept from forward to backward."""
     where = "linear_token_logprobs"
     dtype = check_head(where, hidden, weight, targets, bias, logit_scale, compute_dtype, max_memory, num_scored, group)
     V, H = weight.shape
@@ -125,7 +168,7 @@ def linear_token_logprobs(
         torch.is_grad_enabled() and value is not None and value.requires_grad for value in (hidden, weight, bias, a, b)
     ]
     limits = plan.Limits(0, 0)
-    if any(wants) and not rows.several:
+    if any(wants) and not rows.several and scratch_bytes >= plan.SCRATCH_BYTES:
         frozen = not any(wants[1:]) and a is None
         left = live.left(plan.budget(H, V, max_memory), hidden.device)
         size = 4 if frozen and dtype == torch.float16 else dtype.itemsize  # as `ops` allocates it
@@ -144,6 +187,7 @@ def linear_token_logprobs(
         dtype,
         *limits,
         entropy_grad,
+        scratch_bytes,
     )
     if any(wants):
         live.watch(results[-3:])

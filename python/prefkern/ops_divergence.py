@@ -4,16 +4,14 @@ Two pairs, from hidden states and from logits. Only the policy's side is differe
 statistics that the backward needs, `DivergenceRows`; ``held`` is ``[min(N, k_max), V]`` in the fake.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern import head_divergence, reference_divergence
-from prefkern._check import require
+from prefkern import head_divergence, operators, reference_divergence
 from prefkern.head_divergence import Results, Side
-from prefkern.ops import _outside_autocast, _temperature
+from prefkern.operators import temperature_of
 from prefkern.products import wide_dtype
 from prefkern.types import DivergenceRows, LogitForm
 
@@ -26,29 +24,6 @@ _LOGITS = (
     "Tensor logits, Tensor ref_logits, Tensor? scored, Tensor? row_temperature, float temperature, "
     "Tensor? ref_row_temperature, float ref_temperature, float beta"
 )
-
-_library = torch.library.Library("prefkern", "FRAGMENT")  # type: ignore[no-untyped-call]
-_define: Callable[[str], object] = _library.define
-_define(
-    f"linear_divergence_fwd({_HEADS}, {_FORM}, {_REF_FORM}, float beta, ScalarType compute_dtype, "
-    "ScalarType ref_dtype, bool entropy, int k_max) -> (Tensor divergence, Tensor entropy, Tensor rows, Tensor held)"
-)
-_define(
-    f"linear_divergence_bwd({_HEADS}, Tensor rows, Tensor held, Tensor g, {_FORM}, {_REF_FORM}, float beta, "
-    "ScalarType compute_dtype, ScalarType ref_dtype, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
-_define(f"divergence_fwd({_LOGITS}) -> (Tensor divergence, Tensor rows)")
-_define(f"divergence_bwd(Tensor rows, Tensor g, {_LOGITS}) -> Tensor")
-
-
-def _kernels(like: Tensor) -> Any:
-    """The Triton kernels on CUDA (and ROCm) tensors; plain torch elsewhere, and for float64 everywhere."""
-    if like.is_cuda and like.dtype != torch.float64:
-        return require(
-            "prefkern.kernels.divergence", "prefkern on an accelerator", "install it with: pip install triton"
-        )
-    return reference_divergence
 
 
 def _rows(stacked: Tensor) -> DivergenceRows:
@@ -67,7 +42,7 @@ def _sides(heads: Arguments, forms: Arguments, dtype: torch.dtype, ref_dtype: to
         hidden, weight, bias = head
         row_temperature, temperature, softcap, logit_scale = form
         wide = None if bias is None else bias.to(wide_dtype(dtype))
-        logits = LogitForm(wide, logit_scale, softcap, _temperature(row_temperature, temperature))
+        logits = LogitForm(wide, logit_scale, softcap, temperature_of(row_temperature, temperature))
         return Side(hidden, weight, logits, dtype)
 
     return side(heads[:3], forms[:4], dtype), side(heads[3:], forms[4:], ref_dtype)
@@ -90,7 +65,9 @@ def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     divergence, entropies, rows = _empty_results(policy.hidden, wide_dtype(dtype), entropy)
     held = policy.hidden.new_empty(min(N, k_max), V, dtype=dtype)
     results = Results(divergence, entropies if entropy else None, _rows(rows))
-    head_divergence.forward(policy, reference, scored, results, held, _kernels(held), beta)
+    head_divergence.forward(
+        policy, reference, scored, results, held, operators.kernels_for(held, "divergence", reference_divergence), beta
+    )
     return divergence, entropies, rows, held
 
 
@@ -112,7 +89,7 @@ def _linear_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         scored,
         _rows(rows),
         g,
-        _kernels(held),
+        operators.kernels_for(held, "divergence", reference_divergence),
         beta,
         need_hidden=need_hidden,
         need_weight=need_weight,
@@ -160,8 +137,8 @@ def _linear_backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tupl
 def _logit_options(options: Arguments) -> dict[str, Any]:
     row_temperature, temperature, ref_row_temperature, ref_temperature, beta = options
     return {
-        "form": LogitForm(temperature=_temperature(row_temperature, temperature)),
-        "ref_form": LogitForm(temperature=_temperature(ref_row_temperature, ref_temperature)),
+        "form": LogitForm(temperature=temperature_of(row_temperature, temperature)),
+        "ref_form": LogitForm(temperature=temperature_of(ref_row_temperature, ref_temperature)),
         "beta": beta,
         "peak": None,
     }
@@ -169,7 +146,7 @@ def _logit_options(options: Arguments) -> dict[str, Any]:
 
 def _logits_fwd(logits: Tensor, ref_logits: Tensor, scored: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     divergence, _, rows = _empty_results(logits, wide_dtype(logits.dtype), False)
-    _kernels(logits).tile_fwd(
+    operators.kernels_for(logits, "divergence", reference_divergence).tile_fwd(
         logits, ref_logits, scored, divergence, None, _rows(rows), None, **_logit_options(options)
     )
     return divergence, rows
@@ -186,7 +163,9 @@ def _logits_bwd(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     named = _logit_options(options)
     c = g.to(rows.dtype) / named["form"].temperature
-    _kernels(logits).tile_bwd(logits, ref_logits, scored, _rows(rows), c, grad, **named)
+    operators.kernels_for(logits, "divergence", reference_divergence).tile_bwd(
+        logits, ref_logits, scored, _rows(rows), c, grad, **named
+    )
     return grad
 
 
@@ -213,22 +192,31 @@ def _logits_backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tupl
     return grad, *(None,) * 7
 
 
-# ----------------------------------------------------------------------------------------------------- registration
+_NO_SECOND = operators.no_second_derivative("divergences", "torch.nn.functional.kl_div")
 
-
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise NotImplementedError(
-        "prefkern: divergences have no second derivative (create_graph=True, torch.func.hessian ...); "
-        "for one, compute them with torch.nn.functional.kl_div"
-    )
-
-
-for _name, _impl, _fake, _autograd in (
-    ("linear_divergence_fwd", _linear_fwd, _linear_fwd_fake, (_linear_backward, _linear_setup)),
-    ("linear_divergence_bwd", _linear_bwd, _linear_bwd_fake, (_no_double_backward, None)),
-    ("divergence_fwd", _logits_fwd, _logits_fwd_fake, (_logits_backward, _logits_setup)),
-    ("divergence_bwd", _logits_bwd, _logits_bwd_fake, (_no_double_backward, None)),
-):
-    _library.impl(_name, _outside_autocast(_impl), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"prefkern::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"prefkern::{_name}", _autograd[0], setup_context=_autograd[1], lib=_library)
+operators.define(
+    f"linear_divergence_fwd({_HEADS}, {_FORM}, {_REF_FORM}, float beta, ScalarType compute_dtype, "
+    "ScalarType ref_dtype, bool entropy, int k_max) -> (Tensor divergence, Tensor entropy, Tensor rows, Tensor held)",
+    _linear_fwd,
+    _linear_fwd_fake,
+    _linear_backward,
+    _linear_setup,
+)
+operators.define(
+    f"linear_divergence_bwd({_HEADS}, Tensor rows, Tensor held, Tensor g, {_FORM}, {_REF_FORM}, float beta, "
+    "ScalarType compute_dtype, ScalarType ref_dtype, bool need_hidden, bool need_weight, bool need_bias) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _linear_bwd,
+    _linear_bwd_fake,
+    _NO_SECOND,
+)
+operators.define(
+    f"divergence_fwd({_LOGITS}) -> (Tensor divergence, Tensor rows)",
+    _logits_fwd,
+    _logits_fwd_fake,
+    _logits_backward,
+    _logits_setup,
+)
+operators.define(
+    f"divergence_bwd(Tensor rows, Tensor g, {_LOGITS}) -> Tensor", _logits_bwd, _logits_bwd_fake, _NO_SECOND
+)

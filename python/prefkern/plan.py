@@ -22,6 +22,8 @@ MIN_HELD_BYTES = 1 << 30
 SCRATCH_BYTES = 128 << 20
 CAST_BYTES = 8 << 20
 """Of a cast slice of the weight on a CPU: it stays in the cache, and few tokens do not pay for more."""
+SLICED = 4096
+"""At most so many rows, and at least so many columns, of a tile that is a slice of the vocabulary."""
 ALIGNMENT = 256
 """Columns: slices of the vocabulary start at multiples of this, so that every slice of a 16-bit tile is aligned."""
 
@@ -47,20 +49,31 @@ def limits(H: int, V: int, itemsize: int, bytes_: int, *, frozen: bool = False, 
     return Limits(bytes_ // (V * itemsize), 0)
 
 
-def chunk_rows(V: int, itemsize: int, accelerator: bool = True) -> int:
+def chunk_rows(V: int, itemsize: int, accelerator: bool = True, scratch: int = SCRATCH_BYTES) -> int:
     """Rows of a scratch tile of whole rows. With fewer than 512 an accelerator's product nears the time that it takes
     to read the weight once more for every tile; a CPU is content with 128."""
-    return max(512 if accelerator else 128, SCRATCH_BYTES // max(V * itemsize, 1))
+    return max(512 if accelerator else 128, scratch // max(V * itemsize, 1))
 
 
-def slice_columns(rows: int, V: int, itemsize: int) -> int:
+def tile_shape(N: int, V: int, itemsize: int, accelerator: bool, scratch: int) -> tuple[int, int]:
+    """Rows and columns of a scratch tile from which nothing is kept: whole rows, unless less than the usual scratch is
+    allowed and they would exceed it. Then slices of the vocabulary, wide enough that merging them is a small matter.
+    """
+    rows = max(1, min(N, chunk_rows(V, itemsize, accelerator, scratch)))
+    if scratch >= SCRATCH_BYTES or rows * V * itemsize <= scratch:
+        return rows, V
+    rows = max(1, min(N, SLICED, scratch // (min(V, SLICED) * itemsize)))
+    return rows, slice_columns(rows, V, itemsize, scratch)
+
+
+def slice_columns(rows: int, V: int, itemsize: int, scratch: int = SCRATCH_BYTES) -> int:
     """Columns of a slice of the vocabulary, for scratch of ``itemsize`` bytes per entry over ``rows`` rows."""
-    return _aligned(SCRATCH_BYTES // max(rows * itemsize, 1), V)
+    return _aligned(scratch // max(rows * itemsize, 1), V)
 
 
-def cast_columns(H: int, V: int, itemsize: int, accelerator: bool) -> int:
+def cast_columns(H: int, V: int, itemsize: int, accelerator: bool, scratch: int = SCRATCH_BYTES) -> int:
     """Columns of the vocabulary whose rows of the weight are cast at once."""
-    return _aligned((SCRATCH_BYTES if accelerator else CAST_BYTES) // max(H * itemsize, 1), V)
+    return _aligned((scratch if accelerator else min(scratch, CAST_BYTES)) // max(H * itemsize, 1), V)
 
 
 def block_elements(rows: int, V: int) -> int:
@@ -69,6 +82,10 @@ def block_elements(rows: int, V: int) -> int:
     block waits for all threads, which costs much on busy cores."""
     step = max(1, min(max(rows * V // 16, 1 << 19), 1 << 21) // max(V, 1))
     return min(step, rows) * V
+
+
+_MERGED_BYTES = 100
+"""Of the statistics of a row's slice, with what merging them in float64 takes."""
 
 
 def _aligned(columns: int, V: int) -> int:
@@ -97,6 +114,8 @@ class Head(NamedTuple):
     accelerator: bool = True
     native: bool = True
     """Whether a CPU multiplies 16-bit operands (`prefkern.products.native`); else they are upcast in slices."""
+    scratch: int = SCRATCH_BYTES
+    """Bytes of a scratch tile, and of a cast slice of the weight; with less than the default nothing is kept."""
 
     @property
     def wide(self) -> int:
@@ -116,7 +135,7 @@ class Head(NamedTuple):
         return row_elements(self.V, self.compute_bytes, self.accelerator)
 
     def rows(self, N: int) -> int:
-        return min(N, chunk_rows(self.V, self.wide, self.accelerator))
+        return min(N, chunk_rows(self.V, self.wide, self.accelerator, self.scratch))
 
     @property
     def gradient_bytes(self) -> int:
@@ -172,7 +191,7 @@ def _casts(head: Head, columns: int, *, logits: bool) -> int:
     upcast = head.wide * (logits and not head.accelerator and head.compute_bytes != head.wide)
     if not cast and not upcast:
         return 0
-    step = cast_columns(head.H, head.V, upcast or cast, head.accelerator)
+    step = cast_columns(head.H, head.V, upcast or cast, head.accelerator, head.scratch)
     return min(step, columns) * head.H * (cast + upcast)
 
 
@@ -190,7 +209,13 @@ def forward_bytes(head: Head, K: int, F: int) -> int:
     if head.direct and K == N:
         tile = 0
     weight = _casts(head, V, logits=True)
-    if head.accelerator and rows < N and head.weight_bytes != head.compute_bytes:
+    if head.scratch < SCRATCH_BYTES:
+        rows, columns = tile_shape(N, V, wide, head.accelerator, head.scratch)
+        if columns < V:
+            merged = _MERGED_BYTES * rows * -(-V // columns)
+            tile = rows * columns * wide
+            return _casts(head, columns, logits=True) + _operand(head, rows) + tile + merged + 3 * wide * N
+    elif head.accelerator and rows < N and head.weight_bytes != head.compute_bytes:
         weight = V * head.H * head.compute_bytes
     logits = weight + _operand(head, rows)
     fold = head.block * 2 * head.entropy_grad
@@ -216,7 +241,7 @@ def backward_bytes(head: Head, K: int, F: int) -> int:
     columns, slices, temporaries = V, 0, 0
     if K < N or head.entropy_grad:
         element = narrow + (0 if head.direct else wide)
-        columns = slice_columns(N, V, element)
+        columns = slice_columns(N, V, element, head.scratch)
         slices = columns * (N * narrow + (0 if head.direct else (N - K) * wide))
         if not head.accelerator:
             temporaries = block_elements(N, columns) * wide * head.entropy_grad * (1 + (K > 0))

@@ -110,11 +110,14 @@ class Weight:
 
     Where its own dtype is another one, or a CPU multiplies upcast 16-bit operands, columns of the vocabulary are cast
     slice by slice, so that no copy of the whole is made; ``keep`` makes one, for an accelerator that would cast every
-    slice once for each chunk of rows.
+    slice once for each chunk of rows. ``scratch`` bounds the bytes of a cast slice.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, *, keep: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, *, keep: bool = False, scratch: int = plan.SCRATCH_BYTES
+    ) -> None:
         self.wide = wide_dtype(dtype)
+        self._scratch = scratch
         self._weight = weight.to(dtype) if keep and weight.is_cuda else weight
         self._dtype = dtype
         self._factors = self.wide if not weight.is_cuda else dtype  # of the product that makes logits
@@ -126,7 +129,7 @@ class Weight:
 
     def _columns(self, dtype: torch.dtype) -> int:
         V, H = self._weight.shape
-        return plan.cast_columns(H, V, dtype.itemsize, self._weight.is_cuda)
+        return plan.cast_columns(H, V, dtype.itemsize, self._weight.is_cuda, self._scratch)
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
         """``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""

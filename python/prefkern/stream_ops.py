@@ -6,24 +6,14 @@ they are where a CPU sees that the number is 1. Where the graph is kept, or the 
 they are copied: whoever gets a gradient may write to it, and the next backward starts from the same numbers.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern import ops, stream
+from prefkern import operators, stream
+from prefkern.operators import LOGITS, STATS
 from prefkern.products import wide_dtype
-
-_library = torch.library.Library("prefkern", "FRAGMENT")  # type: ignore[no-untyped-call]
-_define: Callable[[str], object] = _library.define
-_define(
-    "linear_logprob_sum(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor coefficients, "
-    f"{ops._LOGITS}, float logit_scale, str[] outputs, ScalarType compute_dtype, int? max_memory, bool[] needed) -> "
-    f"(Tensor total, {ops._STATS}, Tensor log_sum_sq_probs, Tensor mean_logit, Tensor is_top1, "
-    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
-_define("scaled_gradient(Tensor gradient, Tensor factor, Tensor? anchor) -> Tensor")
 
 
 def _sum_fwd(
@@ -42,16 +32,16 @@ def _sum_fwd(
     max_memory: int | None,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
-    tensors = ops._empty_stats(hidden, targets, outputs, compute_dtype)
+    tensors = operators.empty_stats(hidden, targets, outputs, compute_dtype)
     grads = _empty_grads(hidden, weight, bias, needed)
-    logits = ops._logits(bias, compute_dtype, logit_scale, softcap, row_temperature, temperature, ignore_index)
+    logits = operators.logits_of(bias, compute_dtype, logit_scale, softcap, row_temperature, temperature, ignore_index)
     factors = coefficients.to(wide_dtype(compute_dtype))
     stream.run(
         stream.Head(hidden, weight, targets, logits, compute_dtype),
         factors,
-        ops._row_stats(tensors, outputs),
+        operators.row_stats(tensors, outputs),
         stream.Gradients(*(grad if need else None for grad, need in zip(grads, needed, strict=True))),
-        ops._kernels(tensors[0], "fold"),
+        operators.kernels_for(tensors[0], "fold"),
         max_memory,
     )
     return (factors * tensors[0]).sum(), *tensors, *grads
@@ -69,7 +59,7 @@ def _empty_grads(hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: li
 
 def _sum_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, outputs, compute_dtype, _, needed = others
-    stats = ops._empty_stats(hidden, targets, outputs, compute_dtype)
+    stats = operators.empty_stats(hidden, targets, outputs, compute_dtype)
     return hidden.new_empty((), dtype=wide_dtype(compute_dtype)), *stats, *_empty_grads(hidden, weight, bias, needed)
 
 
@@ -118,17 +108,18 @@ def _scaled_gradient_fake(gradient: Tensor, factor: Tensor, anchor: Tensor | Non
     return torch.empty_like(gradient, memory_format=torch.contiguous_format)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise NotImplementedError(
-        "prefkern: a linear cross-entropy has no second derivative (create_graph=True, torch.func.hessian ...); for "
-        "one, compute it with torch.nn.functional.cross_entropy"
-    )
-
-
-for _name, _impl, _fake, _autograd in (
-    ("linear_logprob_sum", _sum_fwd, _sum_fake, (_sum_backward, _sum_setup)),
-    ("scaled_gradient", _scaled_gradient, _scaled_gradient_fake, (_no_double_backward, None)),
-):
-    _library.impl(_name, ops._outside_autocast(_impl), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"prefkern::{_name}", _fake, lib=_library)
-    torch.library.register_autograd(f"prefkern::{_name}", _autograd[0], setup_context=_autograd[1], lib=_library)
+operators.define(
+    "linear_logprob_sum(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor coefficients, "
+    f"{LOGITS}, float logit_scale, str[] outputs, ScalarType compute_dtype, int? max_memory, bool[] needed) -> "
+    f"(Tensor total, {STATS}, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _sum_fwd,
+    _sum_fake,
+    _sum_backward,
+    _sum_setup,
+)
+operators.define(
+    "scaled_gradient(Tensor gradient, Tensor factor, Tensor? anchor) -> Tensor",
+    _scaled_gradient,
+    _scaled_gradient_fake,
+    operators.no_second_derivative("linear cross-entropies", "torch.nn.functional.cross_entropy"),
+)

@@ -79,12 +79,20 @@ class Logits(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "bias"}
 
 
-def stats_rows(stats: RowStats, rows: slice) -> RowStats:
+def stats_rows(stats: RowStats, rows: slice | int) -> RowStats:
     return RowStats._make(None if value is None else value[rows] for value in stats)
 
 
 def empty_tile(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[rows, V]`` whose rows begin where wide loads and products want them."""
-    return torch.empty(rows, plan.row_elements(V, dtype.itemsize, device.type != "cpu"), dtype=dtype, device=device)[
-        :, :V
-    ]
+    return narrowed(torch.empty(rows * _stride(V, dtype, device), dtype=dtype, device=device), rows, V)
+
+
+def narrowed(tile: Tensor, rows: int, V: int) -> Tensor:
+    """A smaller tile in the memory of one of `empty_tile`, its rows as close together as those of a new one."""
+    stride = _stride(V, tile.dtype, tile.device)
+    return tile.as_strided((rows, V), (stride, 1))
+
+
+def _stride(V: int, dtype: torch.dtype, device: torch.device) -> int:
+    return plan.row_elements(V, dtype.itemsize, device.type != "cpu")

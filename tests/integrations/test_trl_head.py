@@ -191,7 +191,7 @@ def test_the_count_of_our_own_buffers_holds() -> None:
     case = inputs(100, 64, 49152)
     hidden, weight = case[:2]
     head = trl_memory.head_of(hidden, weight, 100)
-    held = min(trl_memory.budget(hidden, weight), hidden.shape[0] * weight.shape[0] * 4)
+    held = min(trl_memory.bounds_of(hidden, weight).held, hidden.shape[0] * weight.shape[0] * 4)
     assert held == 100 * 49152 * 4
     assert peak_bytes(lambda: step(ours, case)) <= (trl_memory.own_peak(head) + held) * 1.02
     assert trl_memory.trl_peak(head) <= peak_bytes(lambda: step(Theirs, case))
@@ -200,7 +200,7 @@ def test_the_count_of_our_own_buffers_holds() -> None:
 def test_where_nothing_is_left_nothing_is_held() -> None:
     """A vocabulary so large that the held rows alone would be more than TRL's peak."""
     case = inputs(40, 8, 400_000)
-    assert trl_memory.budget(*case[:2]) == 0
+    assert trl_memory.bounds_of(*case[:2]).held == 0
     with count_products() as count:
         step(ours, case)
     assert count.products(40, 8, 400_000) == 4.0
@@ -218,6 +218,21 @@ def test_the_budget_on_an_accelerator() -> None:
     frozen = head._replace(grad_weight=False)
     assert trl_memory.trl_peak(frozen) == 6 * N * H + 4096 * 32768 * 2
     assert 0 < trl_memory.trl_peak(frozen) - trl_memory.own_peak(frozen) < 200e6
+
+
+@pytest.mark.parametrize("trained", ["all", "hidden", "nothing"])
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+@pytest.mark.parametrize(("H", "V"), [(896, 151_936), (4096, 128_256), (2304, 256_000), (8192, 32_000)])
+def test_never_above_the_peak_on_an_accelerator(H: int, V: int, weight_bytes: int, trained: str) -> None:
+    """By arithmetic, for 16-bit products, float32 weights under autocast among them, and any number of tokens."""
+    for N in (16, 64, 256, 512, 1024, 2048, 4096, 20_000):
+        head = plan.Head(
+            N, H, V, 2, weight_bytes, 2, trained != "nothing", trained == "all", accelerator=True
+        )  # fmt: skip
+        held, scratch = trl_memory.bounds(head, head)
+        ours = trl_memory.own_peak(head._replace(scratch=scratch)) + held
+        assert ours <= trl_memory.trl_peak(head), (N, held, scratch)
+        assert (scratch == plan.SCRATCH_BYTES) == (trl_memory.own_peak(head) <= trl_memory.trl_peak(head))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own

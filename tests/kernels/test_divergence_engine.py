@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import ops_divergence, testing
+from prefkern import operators, testing
 from prefkern.products import count_products
 from prefkern.types import LogitForm
 
@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[float, dict[str, Any]]] = {
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
         module = importlib.import_module("prefkern.kernels.divergence")
-        monkeypatch.setattr(ops_divergence, "_kernels", lambda like: module)
+        monkeypatch.setattr(operators, "kernels_for", lambda like, name, plain: module)
     return device
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import ops, plan, testing
+from prefkern import operators, plan, testing
+from prefkern.logprobs import bounded_token_logprobs
 from prefkern.products import count_products
 
 N, H, V = 37, 16, 1100
@@ -26,7 +27,9 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
-        monkeypatch.setattr(ops, "_kernels", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}"))
+        monkeypatch.setattr(
+            operators, "kernels_for", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}")
+        )
     return device
 
 
@@ -66,6 +69,19 @@ def test_head(kernels: torch.device, dtype: torch.dtype, rows: int | None, form:
     for name in OUTPUTS[:3]:
         torch.testing.assert_close(getattr(stats, name).double(), getattr(expected, name), rtol=0, atol=1e-5, msg=name)
     assert torch.equal(stats.is_top1, expected.is_top1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scoring_by_slices_of_the_vocabulary(kernels: torch.device, form: str) -> None:
+    """Rows and columns of a tile are those that little scratch allows: one row and 256 columns, the last narrower."""
+    case = testing.head_case(9, H, V, dtype=torch.bfloat16, bias=True, masked=0.05, device=kernels)
+    options = {k: v[:9] if isinstance(v, torch.Tensor) else v for k, v in on(kernels, FORMS[form]).items()}
+    with testing.poison_empty():
+        got = bounded_token_logprobs(*case[:2], case.targets, 1024, bias=case.bias, outputs=OUTPUTS, **options)
+    want = testing.stats_from_hidden(*case[:2], case.targets, bias=case.bias, **options)
+    for name in OUTPUTS[:3]:
+        torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=0, atol=1e-5, msg=name)
+    assert torch.equal(got.is_top1, want.is_top1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import ops, stream, testing
+from prefkern import operators, stream, testing
 from prefkern.products import count_products
 
 N, H, V = 37, 16, 600
@@ -15,7 +15,9 @@ N, H, V = 37, 16, 600
 @pytest.fixture
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
-        monkeypatch.setattr(ops, "_kernels", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}"))
+        monkeypatch.setattr(
+            operators, "kernels_for", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}")
+        )
     return device
 
 

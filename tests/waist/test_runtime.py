@@ -8,15 +8,15 @@ import torch
 from torch.library import opcheck
 
 import prefkern as pk
-from prefkern import testing
+from prefkern import plan, testing
 from prefkern.products import count_products
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("held_rows", [100, 4, 0])
-def test_opcheck_from_hidden(dtype: torch.dtype, held_rows: int) -> None:
-    case = testing.head_case(9, 8, 32, dtype=dtype, bias=True)
+@pytest.mark.parametrize(("held_rows", "scratch"), [(100, plan.SCRATCH_BYTES), (4, plan.SCRATCH_BYTES), (0, 1024)])
+def test_opcheck_from_hidden(dtype: torch.dtype, held_rows: int, scratch: int) -> None:
+    case = testing.head_case(9, 8, 300, dtype=dtype, bias=True)
     leaves = [value.clone().requires_grad_() for value in case[:3]]
     arguments = (
         *leaves,
@@ -34,6 +34,7 @@ def test_opcheck_from_hidden(dtype: torch.dtype, held_rows: int) -> None:
         held_rows,
         0,
         False,
+        scratch,
     )
     results = opcheck(torch.ops.prefkern.linear_logprobs_fwd, arguments)
     assert set(results.values()) == {"SUCCESS"}

@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from prefkern._check import MissingDependency, fail, require
 from prefkern.integrations import trl_memory
 from prefkern.integrations.replaced import Replaced
-from prefkern.logprobs import linear_token_logprobs
+from prefkern.logprobs import bounded_token_logprobs
 
 __all__ = ["MissingDependency", "Patch", "patch", "unpatch"]
 
@@ -71,11 +71,13 @@ class _Head:
                 "not support: train with ZeRO-2 or FSDP2, or call unpatch()",
             )
         self.calls += 1
+        held, scratch = trl_memory.bounds_of(hidden, weight)
         with _kept_on_device():
-            stats = linear_token_logprobs(
+            stats = bounded_token_logprobs(
                 hidden,
                 weight,
                 targets,
+                scratch,
                 bias=bias,
                 temperature=float(temperature),
                 logit_scale=float(logit_scale),
@@ -83,7 +85,7 @@ class _Head:
                 ignore_index=_NO_TARGET,
                 outputs=[_FIELDS[name] for name in ("log_probs", *outputs)],  # type: ignore[misc]
                 entropy_grad="entropy" in outputs,
-                max_memory=trl_memory.budget(hidden, weight),
+                max_memory=held,
                 num_scored=targets.shape[0],
             )
         return tuple(getattr(stats, field) for field in _FIELDS.values())

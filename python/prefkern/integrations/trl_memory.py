@@ -3,9 +3,11 @@
 TRL keeps nothing from forward to backward and peaks at the end of its backward; with 16-bit operands on an accelerator
 that is ``6 V H`` bytes (a float32 grad_weight and its 16-bit copy) plus a tile of up to 268 MB. Ours writes grad_weight
 in its own dtype and spends the difference on held rows. Both peaks are counted here from their allocations, beyond the
-inputs, which both have. Where nothing is left, nothing is held; on an accelerator what remains then is a scratch tile
-of 512 rows, which for fewer than 2048 tokens and a frozen head or none can be more than TRL's tile.
+inputs, which both have. Where nothing is left, nothing is held; and where even the usual scratch would be more than
+TRL's tile (fewer than about 2048 tokens without a weight's gradient), scratch is what TRL's peak leaves of it.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,19 +56,36 @@ def trl_peak(head: plan.Head) -> int:
     return tile + casts + gradients + max(rounded, temporaries)
 
 
+class Bounds(NamedTuple):
+    """Bytes that one call may hold from forward to backward, and of its scratch."""
+
+    held: int
+    scratch: int
+
+
+LEAST_SCRATCH = 1 << 16
+
+
 def own_peak(head: plan.Head) -> int:
     """Ours in forward or backward, without held rows."""
     return max(plan.forward_bytes(head, 0, 0), plan.backward_bytes(head, 0, 0) + head.gradient_bytes)
 
 
-def budget(hidden: Tensor, weight: Tensor) -> int:
-    """``max_memory`` for one call: bytes that may stay held so that the peak does not exceed TRL's own.
+def bounds(least: plan.Head, most: plan.Head) -> Bounds:
+    """So that the peak of a call between the two does not exceed TRL's own."""
+    peak, scratch = trl_peak(least), plan.SCRATCH_BYTES
+    left = peak - own_peak(most)
+    while left < 0 and scratch > LEAST_SCRATCH:
+        scratch //= 2
+        left = peak - own_peak(most._replace(scratch=scratch))
+    return Bounds(left if scratch == plan.SCRATCH_BYTES else 0, scratch)
 
-    Under compilation it is the bound of a range of lengths, so that a new length is not a new compilation.
-    """
+
+def bounds_of(hidden: Tensor, weight: Tensor) -> Bounds:
+    """Of one call. Under compilation those of a range of lengths, so that a new length is not a new compilation."""
     least = most = hidden.shape[0]
     if torch.compiler.is_compiling():
-        least, most = 0, 64
+        least, most = 1, 16
         while most < hidden.shape[0]:
             least, most = most, 4 * most
-    return max(0, trl_peak(head_of(hidden, weight, least)) - own_peak(head_of(hidden, weight, most)))
+    return bounds(head_of(hidden, weight, least), head_of(hidden, weight, most))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from prefkern import plan, several, sliced
-from prefkern.products import Weight, mm
+from prefkern.adapter import Adapter, LowRank
+from prefkern.products import Weight
 from prefkern.tiles import Logits, Tiles, empty_tile, stats_rows
 from prefkern.types import RowStats
 
@@ -28,27 +29,6 @@ class Kept(NamedTuple):
     held: Tensor  # [K, V], rows padded as in `plan.row_elements`: u in the compute dtype
     logps: Tensor  # [F, H]: u W
     entropy: Tensor  # [F, H]: the same for the entropy, p (log p + entropy) (1 - t)(1 + t) W
-
-
-class Adapter(NamedTuple):
-    """A low-rank addition to the weight, which is never merged: ``W + scale B A``."""
-
-    a: Tensor  # [r, H]
-    b: Tensor  # [V, r]
-    scale: float
-
-
-class LowRank:
-    """The adapter's share of the logits, in float32: ``x B^T`` with ``x = scale h A^T``."""
-
-    def __init__(self, adapter: Adapter, hidden: Tensor, wide: torch.dtype) -> None:
-        self.x = torch.empty(hidden.shape[0], adapter.a.shape[0], dtype=wide, device=hidden.device)
-        Weight(adapter.a, hidden.dtype).logits(hidden, slice(0, adapter.a.shape[0]), self.x)
-        self.x.mul_(adapter.scale)
-        self._b = adapter.b.to(hidden.dtype).to(wide)
-
-    def add(self, rows: slice, columns: slice, tile: Tensor) -> None:
-        mm(self.x[rows], self._b[columns].T, tile, accumulate=True)
 
 
 def forward(

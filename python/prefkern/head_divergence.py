@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from prefkern import plan
-from prefkern.head_bwd import Gradients, RowScales, scale_rows, write_vocabulary
+from prefkern.head_bwd import Gradients
 from prefkern.products import Weight
+from prefkern.scaling import RowScales, scale_rows, write_vocabulary
 from prefkern.types import DivergenceRows, LogitForm, Temperature
 
 PEAK = 2.0**14

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefkern import head, head_bwd, operators, plan
+from prefkern.adapter import Adapter
 from prefkern.operators import LOGITS, STATS
 from prefkern.types import RowStats
 
@@ -86,8 +87,8 @@ def _empty_kept(
     )
 
 
-def _adapter(a: Tensor | None, b: Tensor | None, scale: float) -> head.Adapter | None:
-    return None if a is None or b is None else head.Adapter(a, b, scale)
+def _adapter(a: Tensor | None, b: Tensor | None, scale: float) -> Adapter | None:
+    return None if a is None or b is None else Adapter(a, b, scale)
 
 
 def _linear_bwd(

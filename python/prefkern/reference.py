@@ -17,54 +17,19 @@ first finds its operands in the cache.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from prefkern import plan
+from prefkern.products import wide_dtype
+from prefkern.reference_bwd import held_bwd, tile_bwd
+from prefkern.reference_math import activate, blocks, center, clear, rows_of
+from prefkern.tiles import stats_rows
 from prefkern.types import RowStats, Temperature
 
+__all__ = ["IN_PLACE", "held_bwd", "logprobs_bwd", "logprobs_fwd", "tile_bwd", "tile_fwd"]
+
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, plan.block_elements(rows, columns) // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def _rows(temperature: Temperature, block: slice) -> Temperature:
-    return temperature[block] if isinstance(temperature, Tensor) else temperature
-
-
-def _stats_rows(stats: RowStats, block: slice) -> RowStats:
-    return RowStats._make(None if value is None else value[block] for value in stats)
-
-
-def activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
-    """Turns the raw product into logits before the temperature, in place; returns the softcap's derivative."""
-    if bias is not None:
-        tile.add_(bias)
-    if logit_scale != 1.0:
-        tile.mul_(logit_scale)
-    if softcap is None:
-        return None
-    masked = tile == -math.inf
-    t = tile.div_(softcap).tanh_()
-    factor = (1 - t) * (1 + t)
-    tile.mul_(softcap).masked_fill_(masked, -math.inf)
-    return factor
-
-
-def center(x: Tensor, row_max: Tensor, temperature: Temperature) -> Tensor:
-    """``(x - row_max) / T`` in place, -inf kept; a row without any finite logit stays -inf."""
-    x.sub_(row_max.masked_fill(row_max == -math.inf, 0.0).unsqueeze(-1))
-    if isinstance(temperature, Tensor):
-        x.div_(temperature.unsqueeze(-1))
-    elif temperature != 1.0:
-        x.div_(temperature)
-    return x
 
 
 def _scaled(x: Tensor, temperature: Temperature) -> Tensor:
@@ -84,16 +49,16 @@ def tile_fwd(
     ignore_index: int,
 ) -> None:
     """Fills ``stats`` from a tile of whole rows and writes ``u`` into ``held`` (which may be ``tile``)."""
-    for block in _blocks(*tile.shape):
+    for block in blocks(*tile.shape):
         _rows_fwd(
             tile[block],
             bias,
             targets[block],
-            _stats_rows(stats, block),
+            stats_rows(stats, block),
             None if held is None else held[block],
             logit_scale,
             softcap,
-            _rows(temperature, block),
+            rows_of(temperature, block),
             ignore_index,
         )
 
@@ -154,118 +119,7 @@ def _rows_fwd(
         p.mul_(factor)
     if p.data_ptr() != held.data_ptr():
         held.copy_(p)
-    _clear(held, ignored, outside)
-
-
-def _clear(gradient: Tensor, ignored: Tensor, outside: Tensor) -> None:
-    """Zero rows for ignored targets, NaN rows for targets outside the vocabulary."""
-    if ignored.any():
-        gradient[ignored] = 0.0
-    if outside.any():
-        gradient[outside] = math.nan
-
-
-def tile_bwd(
-    tile: Tensor,  # [R, Vs], columns v_start .. v_start + Vs; overwritten
-    bias: Tensor | None,  # [Vs]
-    targets: Tensor,  # [R]
-    stats: RowStats,
-    c: Tensor | None,  # [R], None means 1
-    e: Tensor | None,  # [R], None means 0
-    out: Tensor,  # [R, Vs], any row stride
-    *,
-    v_start: int,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
-) -> None:
-    """Recomputes ``c u + e p (log p + entropy) (1 - t)(1 + t)`` from a tile of some columns of the vocabulary."""
-    for block in _blocks(*tile.shape):
-        _rows_bwd(
-            tile[block],
-            bias,
-            targets[block] - v_start,
-            _stats_rows(stats, block),
-            None if c is None else c[block],
-            None if e is None else e[block],
-            out[block],
-            logit_scale,
-            softcap,
-            _rows(temperature, block),
-            ignore_index - v_start,
-        )
-
-
-def _rows_bwd(
-    x: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    stats: RowStats,
-    c: Tensor | None,
-    e: Tensor | None,
-    out: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
-) -> None:
-    width = x.shape[1]
-    factor = activate(x, bias, logit_scale, softcap)
-    z = center(x, stats.row_max, temperature)
-    logp = z.sub_(stats.log_sum.unsqueeze(-1))
-    # the only entry that could be NaN is that of a row without a finite logit: its z is -inf, its p 0
-    p = logp.exp() if e is not None else logp.exp_()
-    here = (targets >= 0) & (targets < width)
-    index = targets.clamp(0, width - 1).unsqueeze(-1)
-    gradient = p
-    if e is not None:
-        assert stats.entropy is not None
-        gradient = logp.clamp_(min=-1e30).add_(stats.entropy.unsqueeze(-1)).mul_(p).mul_(e.unsqueeze(-1))
-    at_target = torch.expm1(stats.logps).masked_fill_(stats.logps == -math.inf, 0.0)
-    p.scatter_(1, index, torch.where(here, at_target, p.gather(1, index).squeeze(-1)).unsqueeze(-1))
-    if c is not None:
-        p.mul_(c.unsqueeze(-1))
-    if e is not None:
-        gradient.add_(p)
-    if factor is not None:
-        gradient.mul_(factor)
-    if out.data_ptr() != gradient.data_ptr():
-        out.copy_(gradient)
-    _clear(out, targets == ignore_index, stats.logps.isnan())
-
-
-def held_bwd(
-    held: Tensor,  # [K, Vs], any row stride
-    targets: Tensor,  # [K], relative to the first column; one outside the columns has no entry here
-    logps: Tensor,
-    entropy: Tensor,
-    c: Tensor,
-    e: Tensor,
-    out: Tensor,  # [K, Vs], any row stride
-    *,
-    ignore_index: int,
-) -> None:
-    """The same sum from the held ``u`` without softcap: ``p = u`` except at the target, where ``p = exp(log p_y)``."""
-    for block in _blocks(*held.shape):
-        _held_rows_bwd(held[block], targets[block], logps[block], entropy[block], c[block], e[block], out[block])
-
-
-def _held_rows_bwd(
-    held: Tensor, targets: Tensor, logps: Tensor, entropy: Tensor, c: Tensor, e: Tensor, out: Tensor
-) -> None:
-    width = held.shape[1]
-    u = held.to(c.dtype)
-    here = (targets >= 0) & (targets < width)
-    index = targets.clamp(0, width - 1).unsqueeze(-1)
-    kept = u.gather(1, index).squeeze(-1)
-    p = u.clone().scatter_(1, index, torch.where(here, logps.exp(), kept).unsqueeze(-1))
-    gradient = p.log().clamp_(min=-1e30).add_(entropy.unsqueeze(-1)).mul_(p).mul_(e.unsqueeze(-1))
-    out.copy_(gradient.addcmul_(u, c.unsqueeze(-1)))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    clear(held, ignored, outside)
 
 
 def logprobs_fwd(
@@ -278,17 +132,17 @@ def logprobs_fwd(
     ignore_index: int,
 ) -> None:
     """Fills ``stats`` from logits; the logits are not changed."""
-    for block in _blocks(*logits.shape):
-        tile = logits[block].to(_wide(logits.dtype), copy=True)
+    for block in blocks(*logits.shape):
+        tile = logits[block].to(wide_dtype(logits.dtype), copy=True)
         _rows_fwd(
             tile,
             None,
             targets[block],
-            _stats_rows(stats, block),
+            stats_rows(stats, block),
             None,
             1.0,
             softcap,
-            _rows(temperature, block),
+            rows_of(temperature, block),
             ignore_index,
         )
 
@@ -308,18 +162,18 @@ def logprobs_bwd(
     """Writes the gradient of the loss with respect to the logits: ``-(c u + e p (log p + entropy)) / T``."""
     c = -_scaled(c, temperature)
     e = None if e is None else -_scaled(e, temperature)
-    for block in _blocks(*logits.shape):
+    for block in blocks(*logits.shape):
         tile_bwd(
-            logits[block].to(_wide(logits.dtype), copy=True),
+            logits[block].to(wide_dtype(logits.dtype), copy=True),
             None,
             targets[block],
-            _stats_rows(stats, block),
+            stats_rows(stats, block),
             c[block],
             None if e is None else e[block],
             grad[block],
             v_start=0,
             logit_scale=1.0,
             softcap=softcap,
-            temperature=_rows(temperature, block),
+            temperature=rows_of(temperature, block),
             ignore_index=ignore_index,
         )

@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prefkern.reference import _blocks, _rows, activate, center
+from prefkern.reference_math import activate, blocks, center, rows_of
 from prefkern.types import DivergenceRows, LogitForm
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
@@ -43,7 +43,7 @@ def tile_fwd(
     peak: float | None,
 ) -> None:
     """Fills ``divergence``, ``entropy`` and ``rows`` from tiles of whole rows and writes ``u`` into ``held``."""
-    for block in _blocks(*tile.shape):
+    for block in blocks(*tile.shape):
         lp, slope, row_max, log_sum = _log_probs(tile, form, block)
         lq, _, ref_row_max, ref_log_sum = _log_probs(ref_tile, ref_form, block)
         pair = _Pair(lp, lq, beta)
@@ -76,7 +76,7 @@ def tile_bwd(
     peak: float | None,
 ) -> None:
     """Recomputes ``c u`` from tiles of some columns."""
-    for block in _blocks(*tile.shape):
+    for block in blocks(*tile.shape):
         kept = DivergenceRows._make(value[block] for value in rows)
         lp, slope, *_ = _log_probs(tile, form, block, kept.row_max, kept.log_sum)
         lq, *_ = _log_probs(ref_tile, ref_form, block, kept.ref_row_max, kept.ref_log_sum)
@@ -91,7 +91,7 @@ def _log_probs(
     """Log-probabilities (a new tensor), the softcap's derivative, and the row statistics, found if not given."""
     x = tile[block].to(torch.promote_types(tile.dtype, torch.float32), copy=True)
     slope = activate(x, form.bias, form.logit_scale, form.softcap)
-    temperature = _rows(form.temperature, block)
+    temperature = rows_of(form.temperature, block)
     if row_max is None or log_sum is None:
         row_max = x.amax(-1)
         z = center(x, row_max, temperature)

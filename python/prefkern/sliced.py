@@ -11,17 +11,14 @@ in float64, so that slices cost no digits.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from prefkern.adapter import LowRank
 from prefkern.products import Weight
 from prefkern.tiles import Logits, Tiles, empty_tile, narrowed, stats_rows
 from prefkern.types import RowStats
-
-if TYPE_CHECKING:
-    from prefkern.head import LowRank
 
 _SKIPPED = -1
 """The target of a row that is not scored: no column of any slice."""
@@ -30,7 +27,7 @@ _SKIPPED = -1
 def forward(
     operand: Tensor,  # [N, H], in the compute dtype
     w: Weight,
-    low: "LowRank | None",
+    low: LowRank | None,
     targets: Tensor,  # [N]
     stats: RowStats,
     logits: Logits,

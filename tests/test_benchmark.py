@@ -340,3 +340,15 @@ def test_tables_align_and_units_read_well() -> None:
         "3 ns",
     ]
     assert [report.si_bytes(value) for value in (1.5e9, 2e6, 10)] == ["1.5 GB", "2 MB", "10 B"]
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_16_bit_operands_are_measured_at_a_size_that_the_processor_can_bear(
+    units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "native", lambda dtype: units or dtype == torch.float32)
+    sizes = {case.dtype: case.shape for case in command.cases(command._parser().parse_args([]))}
+    assert sizes[torch.float32] == (2048, 1024, 32768)
+    assert sizes[torch.bfloat16] == ((2048, 1024, 32768) if units else (128, 256, 8192))
+    given = command._parser().parse_args(["--tokens", "300", "--dtype", "bfloat16"])
+    assert command.cases(given)[0].shape.N == 300

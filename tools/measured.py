@@ -93,10 +93,13 @@ def readme_table(results: dict[str, Any]) -> str:
     """The trainable and the frozen head, both dtypes, without the gradient columns."""
     keep = [0, 1, 2, 4, 5, 8]
     rows = []
-    for case in results["cases"]:
-        rows.append([f"*{case['dtype']}, {case['head']}*", *[""] * (len(keep) - 1)])
-        rows += [[row[i] for i in keep] for row in case_rows(case, ("naive eager", "TRL", "Liger", "prefkern"))]
     shape = results["cases"][0]
+    for case in results["cases"]:
+        title = f"{case['dtype']}, {case['head']}"
+        if case["tokens"] != shape["tokens"]:
+            title += f", N = {case['tokens']}, H = {case['hidden']}, V = {case['vocab']}"
+        rows.append([f"*{title}*", *[""] * (len(keep) - 1)])
+        rows += [[row[i] for i in keep] for row in case_rows(case, ("naive eager", "TRL", "Liger", "prefkern"))]
     intro = (
         f"Log-probabilities and their backward, N = {shape['tokens']}, H = {shape['hidden']}, V = {shape['vocab']}, "
         f"per-token upstream gradient. {about(results)}"

@@ -17,8 +17,11 @@ from prefkern.benchmark.measure import Budget
 from prefkern.benchmark.operands import DTYPES, HEADS, Case, Shape
 from prefkern.benchmark.progress import Progress, positive
 from prefkern.benchmark.run import gate, measure, measure_pieces, passes
+from prefkern.products import native
 
 CPU_SHAPE = Shape(2048, 1024, 32768)
+SLOW_SHAPE = Shape(128, 256, 8192)
+"""Of 16-bit operands on a CPU that has no units for them, where torch's own products take minutes at the size above."""
 GPU_SHAPES = (Shape(8192, 4096, 128256), Shape(8192, 896, 151936), Shape(2048, 2048, 32768))
 GPU_BUDGET_S = 240.0
 QUICK_SHAPE = Shape(48, 32, 257)
@@ -52,14 +55,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def cases(given: argparse.Namespace) -> list[Case]:
     """Every dtype with every head; on a GPU by default bfloat16 over several shapes, and float32 on the smallest."""
-    base = QUICK_SHAPE if given.quick else CPU_SHAPE if given.device == "cpu" else GPU_SHAPES[0]
     sizes = (given.tokens, given.hidden, given.vocab)
-    shape = Shape(*(size or default for size, default in zip(sizes, base, strict=True)))
     if given.device == "cuda" and not given.quick and not any(sizes) and given.dtype is None:
         pairs = [(one, "bfloat16") for one in GPU_SHAPES] + [(GPU_SHAPES[-1], "float32")]
     else:
-        pairs = [(shape, name) for name in given.dtype or ("float32", "bfloat16")]
+        pairs = [(_shape(given, sizes, DTYPES[name]), name) for name in given.dtype or ("float32", "bfloat16")]
     return [Case(shape, DTYPES[name], head) for shape, name in pairs for head in HEADS]
+
+
+def _shape(given: argparse.Namespace, sizes: Sequence[int | None], dtype: torch.dtype) -> Shape:
+    base = QUICK_SHAPE if given.quick else CPU_SHAPE if given.device == "cpu" else GPU_SHAPES[0]
+    if given.device == "cpu" and not given.quick and not native(dtype):
+        base = SLOW_SHAPE
+    return Shape(*(size or default for size, default in zip(sizes, base, strict=True)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -126,7 +126,7 @@ def train(rows: Any, start: Any, tokenizer: Any, settings: dict[str, Any], began
         return Run(prepared, 1e3 * batch_seconds(trainer.get_train_dataloader()), 1e3 * seconds, losses)
 
 
-def batch_seconds(loader: Any, passes: int = 5) -> float:
+def batch_seconds(loader: Any, passes: int = 20) -> float:
     """The best of several passes over the data, by batch."""
     times = []
     for _ in range(passes):

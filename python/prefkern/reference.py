@@ -93,28 +93,27 @@ def _rows_fwd(
     z = center(x, row_max, temperature)
     z_target = z.gather(1, index).squeeze(-1)
 
-    same = held is not None and held.data_ptr() == z.data_ptr()
-    if held is not None and held.dtype == z.dtype and not same:
-        p = torch.softmax(z, -1, out=held)
+    # softmax would add up the exponentials one after the other: beside the 1 of a confident token small ones are lost
+    if held is not None and held.dtype == z.dtype and held.data_ptr() != z.data_ptr():
+        p = torch.exp(z, out=held)
     else:
-        p = torch.softmax(z, -1) if stats.entropy is not None else torch.softmax(z, -1, out=z)
-    if dead.any():
-        p[dead] = 0.0
-    log_sum = -p.amax(-1).log_()  # the largest probability is exp(0) / sum
-    log_sum.masked_fill_(dead, 0.0)
+        p = torch.exp(z) if stats.entropy is not None else z.exp_()
+    total = p.sum(-1)
+    log_sum = total.log().masked_fill_(dead, 0.0)
+    share = total.reciprocal_().masked_fill_(dead, 0.0)
     logps = (z_target - log_sum).clamp_(max=0.0)
     if stats.entropy is not None:
         # both terms are >= 0 and nothing cancels; the clamp makes 0 * -inf a 0
-        write(stats.entropy, log_sum - (p * z.clamp_(min=-1e30)).sum(-1))
+        write(stats.entropy, log_sum - (p * z.clamp_(min=-1e30)).sum(-1) * share)
     if stats.log_sum_sq_probs is not None:
-        write(stats.log_sum_sq_probs, (p * p).sum(-1).log_())
+        write(stats.log_sum_sq_probs, (p * p).sum(-1).log_() - 2 * log_sum)
     write(stats.logps, logps)
     write(stats.row_max, row_max)
     write(stats.log_sum, log_sum)
     if held is None:
         return
     at_target = torch.expm1(logps).masked_fill_(z_target == -math.inf, 0.0).unsqueeze(-1)
-    p.scatter_(1, index, at_target)
+    p.mul_(share.unsqueeze(-1)).scatter_(1, index, at_target)
     if factor is not None:
         p.mul_(factor)
     if p.data_ptr() != held.data_ptr():

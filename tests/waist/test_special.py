@@ -246,3 +246,24 @@ def test_num_scored_gives_the_same_numbers() -> None:
     count = int((targets != -100).sum())
     got = pk.linear_token_logprobs(hidden, weight, targets, num_scored=count).logps
     assert torch.equal(got, pk.linear_token_logprobs(hidden, weight, targets).logps)
+
+
+def test_small_probabilities_are_not_lost_beside_a_large_one() -> None:
+    """Added one after the other to 1, each would be rounded the same way: over a vocabulary that is 4e-5."""
+    V = 65536
+    logits = torch.full((1, V), -13.0)
+    logits[0, 5] = 0.0
+    small = (V - 1) * math.exp(-13.0)
+    targets = torch.tensor([5])
+    stats = pk.token_logprobs(logits, targets, outputs=("logps", "entropy"))
+    eps = torch.finfo(torch.float32).eps
+    # a sum in four levels of sixteen
+    assert float(stats.logps) == pytest.approx(-math.log1p(small), abs=8 * eps)
+    assert float(stats.entropy) == pytest.approx(math.log1p(small) + 13 * small / (1 + small), rel=8 * eps)
+    hidden = torch.eye(1, 4).requires_grad_()
+    weight = torch.zeros(V, 4)
+    weight[:, 0] = logits[0]
+    logps = pk.linear_token_logprobs(hidden, weight.requires_grad_(), targets).logps
+    (grad,) = torch.autograd.grad(logps.sum(), weight)
+    p = math.exp(-13.0) / (1 + small)
+    assert float((grad[6:, 0] + p).abs().max()) <= 8 * eps * p

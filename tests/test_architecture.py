@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "_divergence_inputs": {"_rows"},
     "divergence": {"_divergence_inputs", "_head_inputs", "live", "ops_divergence", "plan"},
     "objectives": set(),
-    "losses": {"logprob_sum", "logprobs", "objectives"},
+    "losses": {"_head_inputs", "logprob_sum", "logprobs", "objectives"},
     "data": {"_core"},
     "testing": set(),
     "integrations": {"data", "losses", "logprobs", "objectives", "plan", "products"},

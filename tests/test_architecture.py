@@ -13,7 +13,8 @@ PACKAGE = Path(prefkern.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "_check": set(),
-    "plan": set(),
+    "plan": {"plan_lines"},  # inside a function
+    "plan_lines": {"plan", "stream"},
     "live": set(),
     "products": {"plan"},
     "tiles": {"plan"},
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"integrations"},
     "benchmark": {"data", "kernels", "losses", "logprobs", "products", "reference", "testing", "integrations"},
     "demo": {"integrations", "losses", "logprobs"},
-    "plan_command": {"plan"},
+    "plan_command": {"plan", "plan_lines"},
     "cli": {"benchmark", "demo", "doctor", "plan_command"},
     "__main__": {"cli"},
     "__init__": {"data", "divergence", "integrations", "logprobs", "losses", "plan"},

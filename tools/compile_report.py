@@ -54,7 +54,11 @@ def compile_all(targets: list[str], kernels: str) -> list[dict[str, Any]]:
             else:
                 floats = name.removeprefix("ref_") in ("softcap", "temperature", "logit_scale", "beta", "peak")
                 signature[name] = "fp32" if floats else "i32"
-        aligned = [name for name in names if signature[name].startswith("*") or name.endswith("stride")]
+        aligned = [
+            name
+            for name in names
+            if signature[name].startswith("*") or name.endswith("stride") or name in spec.multiples
+        ]
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
         for target in targets:
             backend, arch, warp = TARGETS[target]

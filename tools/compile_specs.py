@@ -26,6 +26,7 @@ class Spec(NamedTuple):
     bytes_per_element: int  # read in a main loop
     instructions: float  # ceiling, per element of a main loop
     registers: int  # ceiling
+    multiples: tuple[str, ...] = ()  # arguments that are multiples of 16 beside pointers and strides
 
 
 def load(name: str) -> types.ModuleType:
@@ -39,7 +40,7 @@ def load(name: str) -> types.ModuleType:
 
 
 def specs() -> list[Spec]:
-    return [*_rowwise(), *_fold(), *_divergence()]
+    return [*_rowwise(), *_fold(), *_scale(), *_divergence()]
 
 
 _STATS = {"logps_ptr": "fp32", "row_max_ptr": "fp32", "log_sum_ptr": "fp32"}
@@ -128,6 +129,28 @@ def _fold() -> list[Spec]:
         pointers |= {"held_ptr": dtype, "targets_ptr": "i64", "out_ptr": dtype}
         size = SIZES[dtype]
         out.append(_spec(backward, "held_bwd", dtype, backward.HELD_BACKWARD[size], size, 26.5, pointers))
+    return out
+
+
+def _scale() -> list[Spec]:
+    """Hidden states for their product, a product narrowed and in place, a frozen head's two gradients."""
+    module = load("scale")
+    out = []
+    for dtype, written, post, other, ceiling in (
+        ("bf16", "bf16", False, False, 5.0),
+        ("fp16", "fp16", False, False, 5.0),
+        ("fp32", "bf16", False, False, 6.0),
+        ("fp32", "fp32", False, False, 6.0),
+        ("fp32", "fp16", True, False, 6.0),
+        ("bf16", "bf16", False, True, 8.5),
+    ):
+        label = f"{dtype} to {written}{' post' if post else ''}{' other' if other else ''}"
+        pointers = {"x_ptr": dtype, "row_ptr": "fp32", "out_ptr": written} | ({"post_ptr": "fp32"} if post else {})
+        pointers |= {"other_ptr": dtype, "other_row_ptr": "fp32"} if other else {}
+        size = SIZES[dtype]
+        flags = {"HAS_POST": post, "HAS_OTHER": other}
+        spec = _spec(module, "scale_rows", label, module.SCALE[size], size * (1 + other), ceiling, pointers, **flags)
+        out.append(spec._replace(multiples=("H",)))
     return out
 
 

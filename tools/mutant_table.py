@@ -45,6 +45,8 @@ QUICK = {
     "_held_gradient": _HELD_BWD,
     "_held_bwd_kernel": _HELD_BWD,
     "held_bwd": _HELD_BWD,
+    "_scale_rows_kernel": "test_scale and (float16 or not_read or one_factor or edges or offsets)",
+    "scale_rows": "test_scale and (float16 or one_factor or strided or grid or plain_torch)",
 }
 
 _MATH = [
@@ -218,6 +220,39 @@ _FOLD_BWD = [
     ("held_bwd", "[(K,)]", "[(K - 1,)]"),
 ]
 
+_SCALE_ROWS = "_scale_rows_kernel"
+_SCALE = [
+    (_SCALE_ROWS, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+    (_SCALE_ROWS, "row * row_step", "row"),
+    (_SCALE_ROWS, "tl.load(other_row_ptr + row)", "tl.load(other_row_ptr)"),
+    (_SCALE_ROWS, "factor = factor * post\n        other", "factor = factor + post\n        other"),
+    (_SCALE_ROWS, "other_factor = other_factor * post", "other_factor = other_factor + 0.0"),
+    (_SCALE_ROWS, "(factor != 0.0) | (other_factor != 0.0)", "factor != 0.0"),
+    (_SCALE_ROWS, "(factor != 0.0) | (other_factor != 0.0)", "(factor != 0.0) & (other_factor != 0.0)"),
+    (_SCALE_ROWS, "(factor != 0.0) | (other_factor != 0.0)", "factor == factor"),
+    (_SCALE_ROWS, "[:, None] * PER_LANE", "[:, None] * (PER_LANE + 1)"),
+    (_SCALE_ROWS, "cols < H", "cols < H + 1"),
+    (_SCALE_ROWS, "cols < H", "cols < H - 1"),
+    (_SCALE_ROWS, "x_ptr + row * stride", "x_ptr + row * out_stride"),
+    (_SCALE_ROWS, "other=0.0).to(tl.float32) * factor", "other=0.0).to(tl.float32)"),
+    (_SCALE_ROWS, "row * other_stride", "row * stride"),
+    (_SCALE_ROWS, "y += z.to", "y = z.to"),
+    (_SCALE_ROWS, "row * out_stride", "row * stride"),
+    (_SCALE_ROWS, "y.to(dtype), mask=inside)", "y.to(dtype), mask=inside & read)"),
+    ("scale_rows", "x.contiguous()", "x"),
+    ("scale_rows", "x is not out", "x is out"),
+    (
+        "scale_rows",
+        "min(x.element_size(), 4)",
+        "4",
+        "a tile of half the lanes' width gives the same numbers: the load width is the compile report's to assert",
+    ),
+    ("scale_rows", "[(N,)]", "[(N - 1,)]"),
+    ("scale_rows", "other_row=second_row, out=out)", "other_row=second_row)"),
+    ("scale_rows", "            row.stride(0),", "            1,"),
+    ("scale_rows", "HAS_POST=post is not None", "HAS_POST=False"),
+]
+
 MUTANTS = [
     Mutant(file, *entry)
     for file, entries in (
@@ -228,6 +263,7 @@ MUTANTS = [
         ("rowwise.py", _ROWWISE),
         ("fold.py", _FOLD),
         ("fold_bwd.py", _FOLD_BWD),
+        ("scale.py", _SCALE),
     )
     for entry in entries
 ]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path("python/prefkern/kernels")
 TESTS = [
     f"tests/kernels/{name}"
-    for name in ("test_math.py", "test_fold.py", "test_rowwise.py", "test_divergence_kernels.py")
+    for name in ("test_math.py", "test_fold.py", "test_rowwise.py", "test_scale.py", "test_divergence_kernels.py")
 ]
 SECONDS = 240  # a break that makes a loop endless is caught by the clock
 REQUIRED = 0.95

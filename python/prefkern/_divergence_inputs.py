@@ -1,7 +1,5 @@
 """The arguments of a divergence, checked: two heads, the rows that count, and which divergence of them."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -104,28 +102,3 @@ def check_head(
     if softcap is not None:
         _check.number(where, f"{prefix}softcap", softcap, low=0.0, open_low=True)
     return V, H
-
-
-def reference_form(
-    where: str,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    ref_bias: Tensor | None,
-    ref_logit_scale: float | None,
-    ref_softcap: float | None,
-) -> tuple[float, float | None]:
-    """The reference's scale and softcap. Neither is guessed from the policy's: two models may differ there."""
-    for name, given, missing, none in (
-        ("bias", bias is not None, ref_bias is None, "zeros"),
-        ("logit_scale", logit_scale != 1.0, ref_logit_scale is None, "1.0"),
-        ("softcap", softcap is not None, ref_softcap is None, "math.inf"),
-    ):
-        if given and missing:
-            _check.fail(
-                where, f"{name} is given, so the reference's head needs its own: pass ref_{name} ({none}: none)"
-            )
-    return (
-        1.0 if ref_logit_scale is None else ref_logit_scale,
-        None if ref_softcap == math.inf else ref_softcap,
-    )

@@ -1,5 +1,7 @@
 """What every function on hidden states requires of the head, and its options turned into operands."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,3 +81,28 @@ def compute_dtype_of(where: str, given: torch.dtype | None, hidden: Tensor) -> t
     if given not in _check.FLOATS:
         _check.fail_type(where, f"compute_dtype must be float16, bfloat16, float32 or float64, got {given!r}")
     return given
+
+
+def reference_form(
+    where: str,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    ref_bias: Tensor | None,
+    ref_logit_scale: float | None,
+    ref_softcap: float | None,
+) -> tuple[float, float | None]:
+    """The reference's scale and softcap. Neither is guessed from the policy's: two models may differ there."""
+    for name, given, missing, none in (
+        ("bias", bias is not None, ref_bias is None, "zeros"),
+        ("logit_scale", logit_scale != 1.0, ref_logit_scale is None, "1.0"),
+        ("softcap", softcap is not None, ref_softcap is None, "math.inf"),
+    ):
+        if given and missing:
+            _check.fail(
+                where, f"{name} is given, so the reference's head needs its own: pass ref_{name} ({none}: none)"
+            )
+    return (
+        1.0 if ref_logit_scale is None else ref_logit_scale,
+        None if ref_softcap == math.inf else ref_softcap,
+    )

@@ -15,8 +15,8 @@ from prefkern import (
     ops_divergence,  # noqa: F401 - registers the operators
     plan,
 )
-from prefkern._divergence_inputs import Pairs, beta_of, check_head, reference_form
-from prefkern._head_inputs import compute_dtype_of
+from prefkern._divergence_inputs import Pairs, beta_of, check_head
+from prefkern._head_inputs import compute_dtype_of, reference_form
 from prefkern.types import Direction, DivergenceOutput, Temperature, TokenDivergence
 
 

@@ -19,7 +19,7 @@ from prefkern import plan, several
 from prefkern.adapter import Adapter, LowRank
 from prefkern.head import Kept
 from prefkern.products import Weight, mm
-from prefkern.scaling import RowScales, scale_rows, write_vocabulary
+from prefkern.scaling import RowScales, finish, rate, scaled_rows, write_vocabulary
 from prefkern.tiles import Logits, Tiles, stats_rows
 from prefkern.types import RowStats
 
@@ -82,8 +82,7 @@ def backward(
     wide, dtype = stats.row_max.dtype, kept.held.dtype
     scored = (targets != logits.ignore_index) if targets.ndim == 1 else (targets != logits.ignore_index).any(1)
     zero = torch.zeros(N, dtype=wide, device=hidden.device)
-    temperature = logits.temperature.to(wide) if isinstance(logits.temperature, Tensor) else logits.temperature
-    row = torch.where(scored, -logits.logit_scale / temperature, zero)
+    row = torch.where(scored, -rate(logits.logit_scale, logits.temperature, wide), zero)
     e = None if g_entropy is None else torch.where(scored, g_entropy.to(wide), zero)
     if targets.ndim == 2:
         upstream = several.Upstream.of(g_logps, e, targets, stats, logits, weight.shape[0])
@@ -95,7 +94,7 @@ def backward(
         c = zero if g_logps is None else torch.where(scored, g_logps.to(wide), zero)
         scales = RowScales.of(c, e, row, dtype)
     if F and grads.hidden is not None:
-        _frozen_rows(kept, scales.rows(slice(0, F)), grads.hidden[:F])
+        _frozen_rows(kept, scales.rows(slice(0, F)), grads.hidden[:F], tiles)
     if F < N:
         rest = slice(F, N)
         rows = (targets[rest], stats_rows(stats, rest), logits.rows(rest))
@@ -106,17 +105,11 @@ def backward(
     return grads
 
 
-def _frozen_rows(kept: Kept, scales: RowScales, grad_hidden: Tensor) -> None:
-    """``row (c u W + e ...)``: no product, a block of rows at a time."""
-    step = max(1, plan.CAST_BYTES // (4 * max(grad_hidden.shape[1], 1)))
-    for start in range(0, grad_hidden.shape[0], step):
-        at = slice(start, min(start + step, grad_hidden.shape[0]))
-        scale = scales.rows(at)
-        assert scale.c is not None
-        grad = kept.logps[at] * (scale.row * scale.c).unsqueeze(-1)
-        if scale.e is not None:
-            grad.addcmul_(kept.entropy[at].to(grad.dtype), (scale.row * scale.e).unsqueeze(-1))
-        grad_hidden[at] = scales.finish(grad)
+def _frozen_rows(kept: Kept, scales: RowScales, grad_hidden: Tensor, tiles: Tiles) -> None:
+    """``row (c u W + e ...)``: no product."""
+    assert scales.c is not None
+    other = None if scales.e is None else (kept.entropy, scales.row * scales.e)
+    tiles.scale_rows(kept.logps, scales.row * scales.c, grad_hidden, post=scales.post, other=other)
 
 
 class _Rows(NamedTuple):
@@ -147,24 +140,20 @@ class _Rows(NamedTuple):
         wide_hidden = grads.hidden
         if wide_hidden is not None and wide_hidden.dtype != w.wide:
             wide_hidden = torch.empty(N, H, dtype=w.wide, device=self.hidden.device)
-        scaled = scale_rows(self.hidden, scales.row, dtype) if grads.weight is not None else None
+        scaled = scaled_rows(self.hidden, scales.row, dtype, self.tiles) if grads.weight is not None else None
         narrow = None
         if self.adapter is not None and low is not None:
-            narrow = _Narrow(self.adapter, low, scales, dtype, grads)
+            narrow = _Narrow(self.adapter, low, scales, dtype, grads, self.tiles)
         for tile, columns in pieces:
             if wide_hidden is not None:
                 w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
-            write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias)
+            write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias, self.tiles)
             if narrow is not None:
                 narrow.add(tile, columns)
-        if wide_hidden is not None:
-            wide_hidden.mul_(scales.row.unsqueeze(-1))
         if narrow is not None:
             narrow.finish(operand, wide_hidden)
         if wide_hidden is not None and grads.hidden is not None:
-            scales.finish(wide_hidden)
-            if wide_hidden is not grads.hidden:
-                grads.hidden.copy_(wide_hidden)
+            self.tiles.scale_rows(wide_hidden, scales.row, grads.hidden, post=scales.post)
 
     def _slices(
         self, w: Weight, operand: Tensor, low: LowRank | None, held: Tensor, scales: RowScales
@@ -231,25 +220,27 @@ class _Rows(NamedTuple):
 class _Narrow:
     """The adapter's backward, beside the weight's: the gradients of ``x = scale h A^T`` and of ``B``, then of ``A``."""
 
-    def __init__(self, adapter: Adapter, low: LowRank, scales: RowScales, dtype: torch.dtype, grads: Gradients) -> None:
-        self._adapter, self._scales, self._grads, self._dtype = adapter, scales, grads, dtype
+    def __init__(
+        self, adapter: Adapter, low: LowRank, scales: RowScales, dtype: torch.dtype, grads: Gradients, tiles: Tiles
+    ) -> None:
+        self._adapter, self._scales, self._grads, self._dtype, self._tiles = adapter, scales, grads, dtype, tiles
         self._b = Weight(adapter.b, dtype)
-        self._scaled = scale_rows(low.x, scales.row, dtype) if grads.b is not None else None
+        self._scaled = scaled_rows(low.x, scales.row, dtype, tiles) if grads.b is not None else None
         self._grad_x = None if grads.hidden is None and grads.a is None else torch.empty_like(low.x)
 
     def add(self, tile: Tensor, columns: slice) -> None:
         if self._grad_x is not None:
             self._b.hidden(tile, columns, self._grad_x, accumulate=columns.start > 0)
-        write_vocabulary(tile, columns, self._scaled, self._scales, self._grads.b, None)
+        write_vocabulary(tile, columns, self._scaled, self._scales, self._grads.b, None, self._tiles)
 
     def finish(self, hidden: Tensor, grad_hidden: Tensor | None) -> None:
-        """Adds the adapter's share to ``grad_hidden`` and writes A's gradient."""
+        """Adds the adapter's share to ``grad_hidden``, whose rows are not scaled yet, and writes A's gradient."""
         if self._grad_x is None:
             return
-        grad_x = self._grad_x.mul_(self._adapter.scale * self._scales.row.unsqueeze(-1))
+        grad_x = self._grad_x.mul_(self._adapter.scale)
         if grad_hidden is not None:
             mm(grad_x, self._adapter.a.to(self._dtype).to(grad_x.dtype), grad_hidden, accumulate=True)
         if self._grads.a is not None:
             product = torch.empty(self._adapter.a.shape, dtype=grad_x.dtype, device=grad_x.device)
-            mm(grad_x.to(self._dtype).T, hidden, product)
-            self._grads.a.copy_(self._scales.finish(product))
+            mm(scaled_rows(grad_x, self._scales.row, self._dtype, self._tiles).T, hidden, product)
+            finish(product, self._scales.post, self._grads.a, self._tiles)

@@ -19,7 +19,8 @@ from torch import Tensor
 from prefkern import plan
 from prefkern.head_bwd import Gradients
 from prefkern.products import Weight
-from prefkern.scaling import RowScales, scale_rows, write_vocabulary
+from prefkern.scaling import RowScales, rate, scaled_rows, write_vocabulary
+from prefkern.tiles import Scaler
 from prefkern.types import DivergenceRows, LogitForm, Temperature
 
 PEAK = 2.0**14
@@ -43,7 +44,7 @@ class Results(NamedTuple):
     rows: DivergenceRows
 
 
-class Tiles(Protocol):
+class Tiles(Scaler, Protocol):
     """The tile functions: `prefkern.reference_divergence` or `prefkern.kernels.divergence`."""
 
     IN_PLACE: bool
@@ -154,15 +155,17 @@ def backward(
         return grads
     w = Weight(weight, dtype)
     scales = _scales(g, form, scored, rows.bound(beta), dtype, w.wide)
-    scaled = scale_rows(hidden, scales.row, dtype) if need_weight else None
-    wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device) if need_hidden else None
+    scaled = scaled_rows(hidden, scales.row, dtype, tiles) if need_weight else None
+    wide_hidden = grads.hidden
+    if wide_hidden is not None and wide_hidden.dtype != w.wide:
+        wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device)
     whole = iter([(slice(0, V), held)])
     for columns, tile in whole if K == N else _slices(held, policy, reference, w, scored, rows, tiles, beta):
         if wide_hidden is not None:
             w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
-        write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias)
+        write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias, tiles)
     if wide_hidden is not None and grads.hidden is not None:
-        grads.hidden.copy_(scales.finish(wide_hidden.mul_(scales.row.unsqueeze(-1))))
+        tiles.scale_rows(wide_hidden, scales.row, grads.hidden, post=scales.post)
     return grads
 
 
@@ -214,18 +217,14 @@ def _slices(
 def _scales(
     g: Tensor, form: LogitForm, scored: Tensor | None, bound: Tensor, dtype: torch.dtype, wide: torch.dtype
 ) -> RowScales:
-    """``r`` of each row over what its ``u`` was scaled by; in float16 normalised by a power of two, ``post``, since
-    the gradient of a loss divided by many tokens underflows there."""
-    temperature = form.temperature.to(wide) if isinstance(form.temperature, Tensor) else form.temperature
-    row = g.to(wide) * (form.logit_scale / temperature)
+    """``r`` of each row, over what its ``u`` was scaled by in float16."""
+    row = g.to(wide) * rate(form.logit_scale, form.temperature, wide)
     if scored is not None:
         row = torch.where(scored, row, 0.0)
     if dtype != torch.float16:
         return RowScales(None, None, row, None)
     row = row * bound / PEAK
-    largest = torch.where(row.isfinite(), row, 0.0).abs().amax()
-    post = torch.exp2(largest.clamp(min=torch.finfo(wide).tiny).log2().ceil())
-    return RowScales(None, None, row / post, post)
+    return RowScales.of(None, None, row, dtype, torch.where(row.isfinite(), row, 0.0).abs().amax())
 
 
 def _peak(dtype: torch.dtype) -> float | None:

@@ -12,11 +12,14 @@ Decided from shapes, dtypes and ``max_memory`` alone, never from free memory, so
 A gradient of the entropy costs the frozen plan one more product and keeps a second row; it costs hold none, but with a
 softcap it is recomputed as with K = 0.
 
-The bytes of `choose` and `explain` are counted from the allocations of `prefkern.head` and `prefkern.head_bwd`, and
-held to them by a test: the peak beyond inputs and returned gradients, within 5 %.
+The bytes of `choose` are counted from the allocations of `prefkern.head` and `prefkern.head_bwd`, and held to them by a
+test: the peak beyond inputs and returned gradients, within 5 %. `explain` has every plan and form of the head.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from prefkern.plan_lines import Line
 
 MIN_HELD_BYTES = 1 << 30
 SCRATCH_BYTES = 128 << 20
@@ -185,7 +188,7 @@ def held_bytes(head: Head, K: int, F: int) -> int:
     return K * head.row * head.compute_bytes + F * head.H * head.compute_bytes * (1 + head.entropy_grad)
 
 
-def _casts(head: Head, columns: int, *, logits: bool) -> int:
+def casts(head: Head, columns: int, *, logits: bool) -> int:
     """A slice of the weight in the compute dtype, and upcast where a CPU makes logits of 16-bit operands."""
     cast = head.compute_bytes * (head.weight_bytes != head.compute_bytes)
     upcast = head.wide * (logits and not head.accelerator and head.compute_bytes != head.wide)
@@ -208,13 +211,13 @@ def forward_bytes(head: Head, K: int, F: int) -> int:
     tile = rows * row_elements(V, wide, head.accelerator) * wide
     if head.direct and K == N:
         tile = 0
-    weight = _casts(head, V, logits=True)
+    weight = casts(head, V, logits=True)
     if head.scratch < SCRATCH_BYTES:
         rows, columns = tile_shape(N, V, wide, head.accelerator, head.scratch)
         if columns < V:
             merged = _MERGED_BYTES * rows * -(-V // columns)
             tile = rows * columns * wide
-            return _casts(head, columns, logits=True) + _operand(head, rows) + tile + merged + 3 * wide * N
+            return casts(head, columns, logits=True) + _operand(head, rows) + tile + merged + 3 * wide * N
     elif head.accelerator and rows < N and head.weight_bytes != head.compute_bytes:
         weight = V * head.H * head.compute_bytes
     logits = weight + _operand(head, rows)
@@ -223,7 +226,7 @@ def forward_bytes(head: Head, K: int, F: int) -> int:
         unscaled = 0 if head.direct else head.rows(F) * head.row * head.compute_bytes
         raw = rows * V * wide * (head.entropy_grad and not head.accelerator)
         logits += unscaled * (rows < N or F < N)
-        fold += unscaled + raw + _products_beside(head._replace(grad_weight=False), rows, V)
+        fold += unscaled + raw + products_beside(head._replace(grad_weight=False), rows, V)
     return held_bytes(head, K, F) + max(logits, fold) + tile + 3 * wide * N
 
 
@@ -245,12 +248,12 @@ def backward_bytes(head: Head, K: int, F: int) -> int:
         slices = columns * (N * narrow + (0 if head.direct else (N - K) * wide))
         if not head.accelerator:
             temporaries = block_elements(N, columns) * wide * head.entropy_grad * (1 + (K > 0))
-    weight = _casts(head, columns, logits=K < N)
-    made = max(weight + _operand(head, (N - K) * (K < N)), temporaries, _products_beside(head, N, columns))
+    weight = casts(head, columns, logits=K < N)
+    made = max(weight + _operand(head, (N - K) * (K < N)), temporaries, products_beside(head, N, columns))
     return kept + scales + made + rows + slices
 
 
-def _products_beside(head: Head, N: int, columns: int) -> int:
+def products_beside(head: Head, N: int, columns: int) -> int:
     """What the backward's products take on a CPU with 16-bit operands: a result of 16 bits of their own, or slices of
     both operands upcast, and a float32 result where the destination is narrower."""
     if head.accelerator or head.compute_bytes == head.wide:
@@ -265,15 +268,6 @@ def _products_beside(head: Head, N: int, columns: int) -> int:
     return max(deep, tall + casts * (head.weight_bytes != narrow))
 
 
-class Line(NamedTuple):
-    """One plan of `explain`: what is wanted, and what it takes."""
-
-    wanted: str
-    plan: Plan
-    seconds: float
-    """Of the products at the given FLOP/s and of the tile's passes at the given bandwidth: a floor, not a forecast."""
-
-
 def explain(
     tokens: int,
     hidden: int,
@@ -285,8 +279,11 @@ def explain(
     accelerator: bool = True,
     flops: float = 790e12,
     bandwidth: float = 4.3e12,
-) -> list[Line]:
+) -> "list[Line]":
     """Every plan for so many scored tokens: products of ``2 N H V`` operations, bytes, and a floor of the time.
+
+    Of ``linear_token_logprobs`` and the losses on it, of ``linear_cross_entropy``, and of ``linear_kl_divergence`` with
+    a reference of the same shapes.
 
     Args:
         tokens, hidden, vocab: N, H and V.
@@ -295,36 +292,8 @@ def explain(
         accelerator: False for a CPU, which works in other blocks.
         flops, bandwidth: of the machine, per second; by default an H200's as measured.
     """
-    base = Head(
-        tokens,
-        hidden,
-        vocab,
-        itemsize,
-        itemsize if weight_itemsize is None else weight_itemsize,
-        itemsize,
-        accelerator=accelerator,
-    )
-    wanted = {
-        "scoring, no gradient": (base._replace(grad_hidden=False, grad_weight=False), max_memory),
-        "frozen head": (base._replace(grad_weight=False), max_memory),
-        "frozen head, gradient of the entropy": (base._replace(grad_weight=False, entropy_grad=True), max_memory),
-        "trainable head": (base, max_memory),
-        "trainable head, gradient of the entropy": (base._replace(entropy_grad=True), max_memory),
-        "trainable head, max_memory=0": (base, 0),
-    }
-    lines = []
-    for name, (head, memory) in wanted.items():
-        chosen = choose(head, memory)
-        tile = tokens * vocab * _tile_passes(head, chosen)
-        lines.append(Line(name, chosen, chosen.products * 2 * tokens * hidden * vocab / flops + tile / bandwidth))
-    return lines
+    from prefkern import plan_lines  # which counts with this module
 
-
-def _tile_passes(head: Head, plan: Plan) -> float:
-    """Bytes per entry of the tile: logits written and read for the statistics; where gradients are wanted read again
-    and ``u`` written; of a row that is not kept the logits written and read once more; a pass more for the entropy."""
-    wide, narrow = head.wide, head.compute_bytes
-    recomputed = 1 - plan.kept_rows / max(head.N, 1)
-    wants = head.grad_hidden or head.grad_weight
-    kept = (wide + narrow) * (1 + head.entropy_grad)
-    return 2 * wide + (kept * (1 - recomputed) + (2 * wide + narrow) * recomputed) * wants
+    weight = itemsize if weight_itemsize is None else weight_itemsize
+    base = Head(tokens, hidden, vocab, itemsize, weight, itemsize, accelerator=accelerator)
+    return plan_lines.lines(base, max_memory, flops, bandwidth)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from prefkern import plan
+from prefkern.plan_lines import Line
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
@@ -40,7 +41,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def table(lines: Sequence[plan.Line]) -> str:
+def table(lines: Sequence[Line]) -> str:
     """The lines of `plan.explain`, aligned."""
     rows = [("", "plan", "products", "held", "extra memory", "time, at least")]
     rows += [
@@ -64,8 +65,9 @@ def table(lines: Sequence[plan.Line]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m prefkern plan",
-        description="What linear_token_logprobs will do: matrix products of 2 N H V operations, bytes held from "
-        "forward to backward, peak memory beyond inputs and gradients, and a floor of the time.",
+        description="What linear_token_logprobs, linear_cross_entropy and linear_kl_divergence will do: matrix "
+        "products of 2 N H V operations, bytes held from forward to backward, peak memory beyond inputs and gradients, "
+        "and a floor of the time.",
     )
     parser.add_argument("--tokens", type=_positive, required=True, help="scored tokens N")
     parser.add_argument("--hidden", type=_positive, required=True, help="width H of the hidden states")

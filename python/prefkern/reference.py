@@ -23,11 +23,11 @@ from torch import Tensor
 
 from prefkern.products import wide_dtype
 from prefkern.reference_bwd import held_bwd, tile_bwd
-from prefkern.reference_math import activate, blocks, center, clear, rows_of
+from prefkern.reference_math import activate, blocks, center, clear, rows_of, scale_rows
 from prefkern.tiles import stats_rows
 from prefkern.types import RowStats, Temperature
 
-__all__ = ["IN_PLACE", "held_bwd", "logprobs_bwd", "logprobs_fwd", "tile_bwd", "tile_fwd"]
+__all__ = ["IN_PLACE", "held_bwd", "logprobs_bwd", "logprobs_fwd", "scale_rows", "tile_bwd", "tile_fwd"]
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
 

@@ -22,8 +22,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prefkern.reference_math import activate, blocks, center, rows_of
+from prefkern.reference_math import activate, blocks, center, rows_of, scale_rows
 from prefkern.types import DivergenceRows, LogitForm
+
+__all__ = ["IN_PLACE", "scale_rows", "tile_bwd", "tile_fwd"]
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
 

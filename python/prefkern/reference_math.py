@@ -1,8 +1,10 @@
-"""What the tile functions in plain torch share: blocks of rows that the caches hold, and how logits are made."""
+"""What the tile functions in plain torch share: blocks of rows that the caches hold, how logits are made; and row
+scaling."""
 
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from prefkern import plan
@@ -50,3 +52,28 @@ def clear(gradient: Tensor, ignored: Tensor, outside: Tensor) -> None:
         gradient[ignored] = 0.0
     if outside.any():
         gradient[outside] = math.nan
+
+
+def scale_rows(
+    x: Tensor,  # [N, H], of any floating dtype
+    row: Tensor,  # [N], as wide as the arithmetic
+    out: Tensor,  # [N, H], of any floating dtype; may be `x`
+    *,
+    post: Tensor | None = None,  # [], a power of two
+    other: tuple[Tensor, Tensor] | None = None,  # [N, H] and its factors [N]
+) -> None:
+    """``out = post (row x + other_row other)``, rounded once; rows whose factors are 0 are 0, whatever stands in x."""
+    factors = [factor if post is None else factor * post for factor in (row, *([] if other is None else other[1:]))]
+    if other is None and x.dtype == row.dtype == out.dtype:
+        torch.mul(x, factors[0].unsqueeze(-1), out=out)
+    else:
+        step = max(1, plan.CAST_BYTES // (4 * max(x.shape[1], 1)))
+        for start in range(0, x.shape[0], step):
+            at = slice(start, start + step)
+            part = x[at].to(row.dtype) * factors[0][at].unsqueeze(-1)
+            if other is not None:
+                part.addcmul_(other[0][at].to(row.dtype), factors[1][at].unsqueeze(-1))
+            out[at] = part
+    unread = (torch.stack(factors) == 0.0).all(0)
+    if unread.any():
+        out[unread] = 0.0

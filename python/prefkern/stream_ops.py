@@ -83,11 +83,20 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if _exclusive(gradient):
         if factor.device.type == "cpu" and factor.item() == 1.0:
             return gradient
-        return stream.scale_(gradient, factor)
+        return _scale_(gradient, factor)
     # in a backward that is itself differentiated: what the refusal of a second derivative hangs on
     anchor = torch.empty(0, requires_grad=True) if torch.is_grad_enabled() else None
     scaled: Tensor = torch.ops.prefkern.scaled_gradient(gradient, factor, anchor)
     return scaled
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient * factor`` in place, rounded once, without a wait for the device; returns ``gradient``."""
+    if gradient.device.type == "cpu" or gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)  # a CPU multiplies 16 bits by a wider number without rounding that first
+    rows = gradient if gradient.ndim == 2 else gradient.unsqueeze(0)
+    operators.kernels_for(gradient, "fold").scale_rows(rows, factor.expand(rows.shape[0]), rows)
+    return gradient
 
 
 def _exclusive(gradient: Tensor) -> bool:
@@ -101,7 +110,7 @@ def _exclusive(gradient: Tensor) -> bool:
 
 
 def _scaled_gradient(gradient: Tensor, factor: Tensor, anchor: Tensor | None) -> Tensor:
-    return stream.scale_(gradient.clone(memory_format=torch.contiguous_format), factor)
+    return _scale_(gradient.clone(memory_format=torch.contiguous_format), factor)
 
 
 def _scaled_gradient_fake(gradient: Tensor, factor: Tensor, anchor: Tensor | None) -> Tensor:

@@ -9,7 +9,22 @@ from prefkern import plan
 from prefkern.types import RowStats, Temperature
 
 
-class Tiles(Protocol):
+class Scaler(Protocol):
+    """Scales rows, ``out = post (row x + other_row other)`` rounded once; ``out`` may be ``x``, and rows whose factors
+    are 0 are 0, whatever stands in them. A part of the tile functions of the head and of the divergences."""
+
+    def scale_rows(
+        self,
+        x: Tensor,
+        row: Tensor,
+        out: Tensor,
+        *,
+        post: Tensor | None = None,
+        other: tuple[Tensor, Tensor] | None = None,
+    ) -> None: ...
+
+
+class Tiles(Scaler, Protocol):
     """The tile functions: `prefkern.reference` or `prefkern.kernels.fold`."""
 
     IN_PLACE: bool

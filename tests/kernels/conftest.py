@@ -15,7 +15,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         pytest.skip("kernels are compiled where there is a CUDA device")
     import interpreter
 
-    from prefkern.kernels import divergence, divergence_bwd, fold, fold_bwd, rowwise
+    from prefkern.kernels import divergence, divergence_bwd, fold, fold_bwd, rowwise, scale
     from prefkern.kernels._launch import Tile
 
     interpreter.install()
@@ -25,6 +25,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     monkeypatch.setattr(fold_bwd, "HELD_BACKWARD", {2: narrow, 4: wide})
     monkeypatch.setattr(divergence, "FORWARD", {2: narrow, 4: wide})
     monkeypatch.setattr(divergence_bwd, "BACKWARD", {2: narrow, 4: wide})
+    monkeypatch.setattr(scale, "SCALE", {2: narrow, 4: wide})
     monkeypatch.setattr(fold, "FORWARD", wide)
     monkeypatch.setattr(fold_bwd, "TILE_BACKWARD", wide)
     return torch.device("cpu")

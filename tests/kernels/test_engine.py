@@ -163,7 +163,7 @@ def test_peak_memory_is_what_the_plan_says(rows: int | None) -> None:
     hidden = case.hidden.requires_grad_()
     weight = torch.randn(v, h, device="cuda", dtype=torch.bfloat16).requires_grad_()
     memory = None if rows is None else rows * v * 2
-    plan_ = plan.explain(n, h, v, 2, max_memory=memory)
+    predicted = plan.choose(plan.Head(n, h, v, 2, 2, 2), memory)
 
     def step() -> None:
         pk.linear_token_logprobs(hidden, weight, case.targets, max_memory=memory).logps.sum().backward()
@@ -176,9 +176,8 @@ def test_peak_memory_is_what_the_plan_says(rows: int | None) -> None:
     with count_products() as count:
         step()
     peak = torch.cuda.max_memory_allocated() - before
-    gradients = (n * h + v * h) * 2
-    assert peak <= plan_.held_bytes + plan_.scratch_bytes + gradients + 4 * n * h * 4 + (64 << 20)
-    assert count.products(n, h, v) == pytest.approx(plan_.products)
+    assert abs(peak - predicted.gradient_bytes - predicted.extra_bytes) <= 0.05 * predicted.extra_bytes + (64 << 20)
+    assert count.products(n, h, v) == pytest.approx(predicted.products)
 
 
 @pytest.mark.gpu

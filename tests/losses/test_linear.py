@@ -1,5 +1,7 @@
 """Linear forms equal the loss of the waist's log-probabilities, in value and gradient, with the waist's options."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,9 @@ def assert_equal(got: Tensor, want: Tensor, on: list[Tensor]) -> None:
         assert theirs.abs().max() > 0
 
 
+REF = {"ref_logps": None, "ref_hidden": torch.zeros(R, T, H), "ref_weight": torch.zeros(V, H)}
+
+
 @pytest.mark.parametrize("reference", ["logps", "hidden"])
 @pytest.mark.parametrize("head", HEAD)
 @pytest.mark.parametrize(
@@ -77,12 +82,28 @@ def test_linear_dpo(head, options, reference) -> None:
     want = dpo_loss(policy.chosen, policy.rejected, ref.chosen, ref.rejected, **lengths, **rest)
     given = {"ref_logps": torch.cat([ref.chosen, ref.rejected])}
     if reference == "hidden":
-        given = {"ref_hidden": case["ref_hidden"], "ref_weight": case["ref_weight"], "ref_bias": ref_head["bias"]}
+        form = {f"ref_{name}": ref_head[name] for name in ("logit_scale", "softcap", "bias") if name in ref_head}
+        given = {"ref_hidden": case["ref_hidden"], "ref_weight": case["ref_weight"], **form}
     got = linear_dpo_loss(hidden, weight, targets, **given, **options, **policy_head)
     assert_equal(got.loss, want.loss, leaves(case, HEAD[head]))
     assert {name: got.metrics[name].item() for name in want.metrics} == pytest.approx(
         {name: value.item() for name, value in want.metrics.items()}
     )
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_a_reference_has_a_form_of_its_own(none) -> None:
+    case = inputs()
+    hidden, weight, targets = case["hidden"], case["weight"], case["targets"]
+    form = {"logit_scale": 1.0, "softcap": None} if none else {"logit_scale": 0.7, "softcap": 2.0, "temperature": 0.6}
+    ref = linear_token_logprobs(case["ref_hidden"], case["ref_weight"], targets, **({"temperature": 1.3} | form)).logps
+    ref = pair_logps(ref, targets=targets)
+    given = {f"ref_{name}": math.inf if value is None else value for name, value in form.items()}
+    given |= {"ref_hidden": case["ref_hidden"], "ref_weight": case["ref_weight"]}
+    head = {"logit_scale": 1.2, "softcap": 5.0, "temperature": 1.3}
+    got = linear_dpo_loss(hidden, weight, targets, **given, **head)
+    want = linear_dpo_loss(hidden, weight, targets, torch.cat([ref.chosen, ref.rejected]), **head)
+    assert_equal(got.loss, want.loss, [hidden, weight])
 
 
 def test_linear_dpo_packed_equals_padded_with_its_token_metrics() -> None:
@@ -209,6 +230,10 @@ def test_nothing_scored_is_zero_with_zero_gradients() -> None:
             ValueError,
             "bias is given, so the reference's head needs its own: pass ref_bias",
         ),
+        ({**REF, "softcap": 3.0}, ValueError, r"softcap is given, .*: pass ref_softcap \(math.inf: none\)"),
+        ({**REF, "logit_scale": 0.5}, ValueError, r"logit_scale is given, .*: pass ref_logit_scale \(1.0: none\)"),
+        ({**REF, "ref_softcap": -1.0}, ValueError, "ref_softcap must be"),
+        ({"ref_logit_scale": 2.0}, ValueError, "the reference must be either ref_logps"),
     ],
 )
 def test_linear_dpo_refuses(change, error, message) -> None:

@@ -74,7 +74,10 @@ class Case:
     def reference(self, kind: str, logps: Tensor) -> dict[str, Tensor | None]:
         if kind == "logps":
             return {"ref_logps": logps}
-        return {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight, "ref_bias": self.ref_bias}
+        given = {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight, "ref_bias": self.ref_bias}
+        return given | {
+            f"ref_{name}": self.options[name] for name in ("logit_scale", "softcap") if name in self.options
+        }
 
     def linear(self, form: object, *arguments: object, **options: object) -> LossOutput:
         head = {"bias": self.bias, **self.options}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkern import losses
+from prefkern import linear_kl_divergence, losses
 from prefkern.logprobs import linear_token_logprobs
 from prefkern.losses import dpo_loss, linear_cross_entropy, linear_loss, pair_logps
 from prefkern.losses._head import Head
@@ -25,7 +25,9 @@ def options_of(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
 WAIST = options_of(linear_token_logprobs)
 DECIDED_BY_THE_LOSS = {"outputs", "entropy_grad"}
 HEAD = ("hidden", "weight", "targets")
+DIVERGENCE = options_of(linear_kl_divergence)
 REFERENCE = ("ref_logps", "ref_hidden", "ref_weight", "ref_bias")
+REFERENCE_FORM = ("ref_temperature", "ref_logit_scale", "ref_softcap")  # as in linear_kl_divergence
 
 
 class Form(NamedTuple):
@@ -83,7 +85,8 @@ def implied(form: Form) -> tuple[dict[str, inspect.Parameter], set[str]]:
         required = {name: p for name, p in given.items() if name in positional - {"ref_logps"}}
         given = {**required, "ref_logps": tensor, **{name: p for name, p in given.items() if name not in positional}}
     for name, parameter in given.items():
-        own |= dict.fromkeys(REFERENCE, tensor) if name == "ref_logps" else {name: parameter}
+        own |= {name: parameter} if name != "ref_logps" else dict.fromkeys(REFERENCE, tensor)
+        own |= {} if name != "ref_logps" else {name: DIVERGENCE[name] for name in REFERENCE_FORM}
     return own | {name: options_of(pair_logps)[name] for name in form.last}, positional
 
 
@@ -173,11 +176,13 @@ def test_linear_form_scores_the_reference_with_the_options_of_the_head(name, mon
     """All but those of the policy's own weights and of a backward."""
     sentinels = {option: object() for option in Head._fields} | {"ignore_index": -7}
     reference = {"ref_hidden": object(), "ref_weight": object(), "ref_bias": object(), "ref_logps": None}
+    form = {"temperature": object(), "logit_scale": 1.5, "softcap": 7.0}
+    reference |= {f"ref_{option}": value for option, value in form.items()}
     record(monkeypatch, "prefkern.losses._head", "linear_token_logprobs")
     with pytest.raises(Recorded) as caught:
         getattr(losses, name)(**required(name, **sentinels, **reference))
     (passed,) = caught.value.args
-    want = sentinels | {"bias": reference["ref_bias"], "lora": None, "max_memory": None}
+    want = sentinels | form | {"bias": reference["ref_bias"], "lora": None, "max_memory": None}
     assert {option: passed[option] for option in Head._fields} == want
     assert (passed["hidden"], passed["weight"]) == (reference["ref_hidden"], reference["ref_weight"])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import live, plan, products, testing
+from prefkern import live, plan, plan_lines, products, testing
 from prefkern.benchmark.measure import peak_extra_bytes
 from prefkern.products import count_products
 
@@ -127,6 +127,68 @@ def test_predicted_bytes_are_within_5_percent_of_the_measured_ones(name: str, ro
     measured = peak_extra_bytes(step, torch.device("cpu"))
     predicted = plan.choose(head, memory).extra_bytes
     assert abs(predicted - measured) <= 0.05 * measured, (predicted, measured)
+
+
+FORMS = {
+    "float32": (torch.float32, torch.float32, {}),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, {}),
+    "float32 weight": (torch.bfloat16, torch.float32, {}),
+    "frozen": (torch.bfloat16, torch.bfloat16, {"grad_weight": False}),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "rows"), [("stream", None), ("stream", 150), ("divergence", None), ("divergence", 150), ("divergence", 0)]
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_the_other_forms_take_what_is_predicted(name: str, form: str, rows: int | None) -> None:
+    n, h, v = 500, 96, 16384
+    dtype, weight_dtype, changes = FORMS[name]
+    head = plan.Head(n, h, v, dtype.itemsize, weight_dtype.itemsize, dtype.itemsize, accelerator=False)
+    head = head._replace(**changes, native=products.native(dtype))
+    hidden, ref_hidden = (torch.randn(n, h).to(dtype) for _ in range(2))
+    weight, ref_weight = ((torch.randn(v, h) / h**0.5).to(weight_dtype) for _ in range(2))
+    leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if head.grad_weight else [])]
+    targets = torch.randint(v, (n,))
+    entry = 4 if form == "stream" else dtype.itemsize  # what max_memory bounds: float32 logits, or what is held
+    memory = None if rows is None else rows * v * entry
+
+    def step() -> list[torch.Tensor]:
+        if form == "stream":
+            loss = pk.linear_cross_entropy(hidden, weight, targets, max_memory=memory).loss
+        else:
+            loss = pk.linear_kl_divergence(hidden, weight, ref_hidden, ref_weight, max_memory=memory).sum()
+        return list(torch.autograd.grad(loss, leaves))
+
+    predict = plan_lines.cross_entropy if form == "stream" else plan_lines.divergence
+    predicted = predict(head, memory)
+    with count_products() as count:
+        measured = peak_extra_bytes(step, torch.device("cpu"))
+    assert abs(predicted.extra_bytes - measured) <= 0.05 * measured, (predicted, measured)
+    runs = round(count.products(n, h, v) / predicted.products)  # some to warm up
+    assert runs >= 1
+    assert count.products(n, h, v) == pytest.approx(runs * predicted.products)
+
+
+def test_every_plan_and_form_has_a_line() -> None:
+    lines = {line.wanted: line for line in plan.explain(8192, 4096, 128256)}
+    products_ = {name: line.plan.products for name, line in lines.items()}
+    assert products_ == {
+        "scoring, no gradient": 1,
+        "frozen head": 2,
+        "frozen head, gradient of the entropy": 3,
+        "trainable head": 3,
+        "trainable head, gradient of the entropy": 3,
+        "trainable head, max_memory=0": 4,
+        "cross-entropy in one pass": 3,
+        "divergence of two heads": 4,
+    }
+    for line in lines.values():
+        floor = line.plan.products * 2 * 8192 * 4096 * 128256 / 790e12
+        assert floor < line.seconds < 1.5 * floor, line
+    assert lines["cross-entropy in one pass"].plan.held_bytes == 0
+    assert plan_lines.divergence(head_of(torch.float32), 0).products == 6
+    assert plan_lines.divergence(head_of(torch.float32, grad_hidden=False, grad_weight=False)).products == 2
 
 
 def test_the_default_is_peak_neutral_and_independent_of_the_length() -> None:

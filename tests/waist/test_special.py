@@ -267,3 +267,22 @@ def test_small_probabilities_are_not_lost_beside_a_large_one() -> None:
     (grad,) = torch.autograd.grad(logps.sum(), weight)
     p = math.exp(-13.0) / (1 + small)
     assert float((grad[6:, 0] + p).abs().max()) <= 8 * eps * p
+
+
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_what_stands_in_ignored_rows_reaches_no_gradient(max_memory: int | None) -> None:
+    """Also where they are multiplied, as under compilation."""
+    hidden, weight, targets = small(ignored=0.4)
+    ignored = targets == -100
+    assert ignored.any()
+    with torch.no_grad():
+        hidden[ignored] = math.nan
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return pk.linear_token_logprobs(hidden, weight, targets, max_memory=max_memory).logps.sum()
+
+    every_row = torch.compile(loss, backend="eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(hidden, weight), (hidden, weight)) for f in (every_row, loss))
+    assert not got[0][ignored].any()
+    for ours, eager in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)

@@ -17,13 +17,14 @@ from prefkern.kernels._divergence import pair_statistics
 from prefkern.kernels._divergence_gradient import write_pair_gradient
 from prefkern.kernels._launch import Tile, check_rows, on_device, row_temperature
 from prefkern.kernels.divergence_bwd import check_tiles, mode_of, tile_bwd
+from prefkern.kernels.scale import scale_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prefkern.types import DivergenceRows, LogitForm
 
-__all__ = ["IN_PLACE", "tile_bwd", "tile_fwd"]
+__all__ = ["IN_PLACE", "scale_rows", "tile_bwd", "tile_fwd"]
 
 IN_PLACE = False  # `held` must not alias the tile
 

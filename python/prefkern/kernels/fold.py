@@ -21,13 +21,14 @@ from prefkern.kernels._gradient import write_gradient
 from prefkern.kernels._launch import Tile, check_rows, on_device, row_temperature
 from prefkern.kernels._statistics import write_statistics
 from prefkern.kernels.fold_bwd import held_bwd, tile_bwd
+from prefkern.kernels.scale import scale_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prefkern.types import RowStats, Temperature
 
-__all__ = ["IN_PLACE", "held_bwd", "tile_bwd", "tile_fwd"]
+__all__ = ["IN_PLACE", "held_bwd", "scale_rows", "tile_bwd", "tile_fwd"]
 
 IN_PLACE = False  # `held` must not alias the tile
 

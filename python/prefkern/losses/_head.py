@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prefkern import _check
+from prefkern._head_inputs import reference_form
 from prefkern.logprobs import linear_token_logprobs
 from prefkern.types import LoRA, Temperature
 
@@ -27,18 +28,21 @@ class Head(NamedTuple):
     num_scored: int | None
     group: None
 
-    def frozen(self, bias: Tensor | None) -> "Head":
-        """The head of a reference: its own weights, scored without a gradient, and otherwise the policy's options."""
-        return self._replace(bias=bias, lora=None, max_memory=None)
-
 
 class Reference(NamedTuple):
-    """A reference model, by its log-probabilities or by its hidden states and head; or none."""
+    """A reference model, by its log-probabilities or by its hidden states and head; or none.
+
+    The temperature is that of the policy unless another is given; the bias, scale and softcap are the model's own and
+    are never taken from the policy's.
+    """
 
     ref_logps: Tensor | None
     ref_hidden: Tensor | None
     ref_weight: Tensor | None
     ref_bias: Tensor | None
+    ref_temperature: Temperature | None
+    ref_logit_scale: float | None
+    ref_softcap: float | None
 
     def per_sequence(
         self, where: str, shape: str, head: Head, targets: Tensor, rows: Callable[[Tensor], Tensor]
@@ -51,15 +55,22 @@ class Reference(NamedTuple):
 
     def per_token(self, where: str, head: Head, targets: Tensor, shape: str = "shaped like targets") -> Tensor | None:
         """``ref_logps``, or what its head gives the targets, without a gradient; None where there is no reference."""
-        if self.ref_hidden is None and self.ref_weight is None and self.ref_bias is None:
+        if all(value is None for value in self[1:]):
             return self.ref_logps
         if self.ref_logps is not None or self.ref_hidden is None or self.ref_weight is None:
             _check.fail(where, f"the reference must be {_either(shape)}")
-        if head.bias is not None and self.ref_bias is None:
-            _check.fail(where, "bias is given, so the reference's head needs its own: pass ref_bias")
-        options = head.frozen(self.ref_bias)._asdict()
+        form = head.bias, head.logit_scale, head.softcap
+        logit_scale, softcap = reference_form(where, *form, self.ref_bias, self.ref_logit_scale, self.ref_softcap)
+        _check.number(where, "ref_logit_scale", logit_scale)
+        if softcap is not None:
+            _check.number(where, "ref_softcap", softcap, low=0.0, open_low=True)
+        options = head._replace(
+            bias=self.ref_bias, logit_scale=logit_scale, softcap=softcap, lora=None, max_memory=None
+        )
+        if self.ref_temperature is not None:
+            options = options._replace(temperature=self.ref_temperature)
         with torch.no_grad():
-            return linear_token_logprobs(self.ref_hidden, self.ref_weight, targets, **options).logps
+            return linear_token_logprobs(self.ref_hidden, self.ref_weight, targets, **options._asdict()).logps
 
 
 def _either(shape: str) -> str:

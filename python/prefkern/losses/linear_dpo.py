@@ -21,6 +21,9 @@ def linear_dpo_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    ref_temperature: Temperature | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
     beta: float = 0.1,
     loss_type: DPOLossType = "sigmoid",
     label_smoothing: float = 0.0,
@@ -50,8 +53,10 @@ def linear_dpo_loss(
         weight: ``[V, H]``.
         targets: ``[2B, T]`` or ``[N]``, aligned (``shift_labels``); ``ignore_index`` is not scored.
         ref_logps: sequence sums of the reference ``[2B]``, with the same ``ld_alpha``. Or instead of it:
-        ref_hidden, ref_weight, ref_bias: the reference's hidden states (of any width) and head, scored here without a
-            gradient, with the temperature, scale and softcap of the policy.
+        ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap: the reference's hidden states (of any width) and
+            head, scored here without a gradient. Where the policy has a bias, scale or softcap, the reference's must be
+            given too: zeros, 1.0 or ``math.inf`` say that it has none.
+        ref_temperature: default: that of the policy.
         beta, loss_type, label_smoothing, weights, reduction: as in ``dpo_loss``; the lengths are those of ``targets``.
         ld_alpha: as in ``pair_logps``, for policy and reference alike.
         bias, temperature, ..., group: as in ``linear_token_logprobs``.
@@ -69,7 +74,7 @@ def linear_dpo_loss(
     logits = bias, temperature, logit_scale, softcap, ignore_index
     head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(pair_logps, targets=targets, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index)
-    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias)
+    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, ref_temperature, ref_logit_scale, ref_softcap)
     ref = reference.per_sequence(where, "[2B]", head, targets, lambda logps: torch.cat(rows(logps)[:2]))
     loss = partial(dpo_loss, beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, weights=weights)
     loss = partial(loss, reduction=reduction, metrics=metrics)

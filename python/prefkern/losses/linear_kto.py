@@ -24,6 +24,9 @@ def linear_kto_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    ref_temperature: Temperature | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
     kl: Tensor | float | None = None,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
@@ -54,8 +57,10 @@ def linear_kto_loss(
         targets: ``[B, T]`` or ``[N]``, aligned (``shift_labels``); ``ignore_index`` is not scored.
         is_desirable: bool or 0/1, ``[B]``.
         ref_logps: sequence sums of the reference ``[B]``. Or instead of it:
-        ref_hidden, ref_weight, ref_bias: the reference's hidden states (of any width) and head, scored here without a
-            gradient, with the temperature, scale and softcap of the policy.
+        ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap: the reference's hidden states (of any width) and
+            head, scored here without a gradient. Where the policy has a bias, scale or softcap, the reference's must be
+            given too: zeros, 1.0 or ``math.inf`` say that it has none.
+        ref_temperature: default: that of the policy.
         kl: the baseline, from mismatched completions: ``kto_kl`` of their ``sequence_logps``, scored under
             ``torch.no_grad()``. None is 0.
         beta, desirable_weight, undesirable_weight, loss_type, reduction, metrics: as in ``kto_loss``.
@@ -75,12 +80,12 @@ def linear_kto_loss(
     logits = bias, temperature, logit_scale, softcap, ignore_index
     head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(sequence_logps, targets=targets, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    ref = Reference(ref_logps, ref_hidden, ref_weight, ref_bias).per_sequence(where, "[B]", head, targets, rows)
+    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, ref_temperature, ref_logit_scale, ref_softcap)
+    ref = reference.per_sequence(where, "[B]", head, targets, rows)
     loss = partial(kto_loss, kl=kl, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-    loss = partial(loss, loss_type=loss_type, reduction=reduction, metrics=metrics)
 
     def fn(logps: Tensor) -> LossOutput:
-        return loss(rows(logps), ref, desirable)
+        return loss(rows(logps), ref, desirable, loss_type=loss_type, reduction=reduction, metrics=metrics)
 
     chosen = per_token(desirable, targets, cu_seqlens)
     return sequence_form(hidden, weight, targets, fn, head, chosen=chosen, metrics=metrics)

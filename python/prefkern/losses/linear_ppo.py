@@ -28,6 +28,9 @@ def linear_ppo_loss(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    ref_temperature: Temperature | None = None,
+    ref_logit_scale: float | None = None,
+    ref_softcap: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     entropy_coef: float = 0.0,
@@ -65,8 +68,10 @@ def linear_ppo_loss(
         old_logps, advantages: as in ``ppo_loss``.
         mask: scored tokens, with ``targets != ignore_index``; what it excludes costs no product.
         ref_logps: of the tokens taken under the reference, shaped like ``targets``; optional. Or instead of it:
-        ref_hidden, ref_weight, ref_bias: the reference's hidden states (of any width) and head, scored here without a
-            gradient, with the temperature, scale and softcap of the policy.
+        ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap: the reference's hidden states (of any width) and
+            head, scored here without a gradient. Where the policy has a bias, scale or softcap, the reference's must be
+            given too: zeros, 1.0 or ``math.inf`` say that it has none.
+        ref_temperature: default: that of the policy.
         cliprange, ..., metrics: as in ``ppo_loss``.
         num_scored: counts the targets that are scored and in ``mask``.
         bias, temperature, ..., group: as in ``linear_token_logprobs``.
@@ -83,7 +88,8 @@ def linear_ppo_loss(
     targets, scored = scored_targets(where, targets, mask, cu_seqlens, ignore_index)
     logits = bias, temperature, logit_scale, softcap, ignore_index
     head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
-    ref = Reference(ref_logps, ref_hidden, ref_weight, ref_bias).per_token(where, head, targets)
+    reference = Reference(ref_logps, ref_hidden, ref_weight, ref_bias, ref_temperature, ref_logit_scale, ref_softcap)
+    ref = reference.per_token(where, head, targets)
     loss = partial(ppo_loss, old_logps=old_logps, advantages=advantages, mask=scored, cu_seqlens=cu_seqlens)
     loss = partial(loss, cliprange=cliprange, cliprange_high=cliprange_high, delta=delta, reduction=reduction)
     loss = partial(loss, ref_logps=ref, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef)

@@ -81,6 +81,7 @@ measure-data: setup ## time batching and advantages beside their peers and a cop
 
 ppo-measure: setup ## a PPO step against plain PyTorch, learning against a known best; rewrite the measured tables
 	@$(BIN)/python bench/ppo.py step
+	@$(BIN)/python bench/ppo.py batches
 	@$(BIN)/python bench/ppo.py learning
 	@$(BIN)/python examples/ppo.py --output bench/results/ppo-example
 	@$(BIN)/python tools/measured.py

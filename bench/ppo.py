@@ -2,6 +2,7 @@
 
 python bench/ppo.py step        # writes bench/results/ppo-step.md
 python bench/ppo.py learning    # writes bench/results/ppo-learning.md
+python bench/ppo.py batches     # writes bench/results/ppo-batches.md
 """
 
 import argparse
@@ -9,6 +10,7 @@ import datetime
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ppo_batches
+from prefkern import products
 from prefkern.benchmark import machine
 from prefkern.benchmark.measure import peak_extra_bytes
 from prefkern.benchmark.report import si_bytes, si_seconds
@@ -24,12 +28,14 @@ from prefkern.integrations.ppo import PPOConfig, PPOTrainer, advantages, known, 
 from prefkern.integrations.ppo.optimise import optimise
 
 RESULTS = Path(__file__).parent / "results"
-QUERY, RESPONSE = 24, (40, 72)
-PHASES = ("score", "reference", "data", "forward", "backward", "optimiser")
+RESPONSE = (96, 193)
+PHASES = {name: (name,) for name in ("score", "reference", "data", "forward", "backward", "optimiser")}
+ROWS = {**PHASES, "forward + backward": ("forward", "backward"), "the step": tuple(PHASES)}
 
 
 class Plain:
-    """The same step in plain PyTorch, as it is usually written: logits of all positions, a loop over positions."""
+    """The same step in plain PyTorch, as it is usually written: logits of all positions, a loop over positions, AdamW
+    as torch makes it. The trunk is passed as often as by the trainer, and no hidden states but the last are kept."""
 
     def __init__(self, trainer: PPOTrainer, episodes: rollout.Rollout) -> None:
         self.trainer, self.rollout, self.phases = trainer, episodes, stats.Phases(trainer.device)
@@ -40,15 +46,16 @@ class Plain:
         positions = torch.arange(width - 1)
         start = torch.from_numpy(episodes.starts)[:, None]
         self.mask = (positions >= start) & (positions < start + torch.from_numpy(episodes.counts)[:, None])
+        self.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0, weight_decay=0.0)
 
     def forward(self, policy: Any, value_head: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = policy(self.input_ids, attention_mask=self.attention_mask, output_hidden_states=True, use_cache=False)
-        logits = output.logits[:, :-1] / self.trainer.args.temperature
-        logps = logits.log_softmax(-1)
+        trunk = policy.base_model
+        hidden = trunk(self.input_ids, attention_mask=self.attention_mask, use_cache=False).last_hidden_state[:, :-1]
+        logps = policy.get_output_embeddings()(hidden).div_(self.trainer.args.temperature).log_softmax(-1)
         taken = logps.gather(-1, self.input_ids[:, 1:, None]).squeeze(-1)
         with torch.no_grad():
             entropy = -(logps.exp() * logps).sum(-1)
-        return taken, value_head(output.hidden_states[-1][:, :-1]).squeeze(-1), entropy
+        return taken, value_head(hidden).squeeze(-1), entropy
 
     def score(self) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
@@ -89,8 +96,8 @@ class Plain:
             loss.backward()
         with self.phases("optimiser"):
             norm = torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), args.max_grad_norm)
-            self.trainer.optimizer.step()
-            self.trainer.optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return {
             "loss/policy_avg": float(policy.detach()),
             "loss/value_avg": float(value.detach()),
@@ -115,57 +122,112 @@ class Ours:
         return optimise(self.trainer, self.rollout)
 
 
-def step(rounds: int, count: int) -> str:
-    """A table of phases, both ways, on one model, one rollout and one optimiser (with learning rate 0)."""
+class Trunk:
+    """What both share: the passes of the trunk alone, to the hidden states and back from a gradient of them."""
+
+    def __init__(self, trainer: PPOTrainer, plain: Plain) -> None:
+        self.trainer, self.plain, self.phases = trainer, plain, stats.Phases(trainer.device)
+
+    def hidden(self, policy: Any) -> Tensor:
+        given = {"attention_mask": self.plain.attention_mask, "use_cache": False}
+        found: Tensor = policy.base_model(self.plain.input_ids, **given).last_hidden_state
+        return found
+
+    def __call__(self) -> dict[str, float]:
+        with torch.no_grad():
+            for name, policy in (("score", self.trainer.model.policy), ("reference", self.trainer.reference.policy)):
+                with self.phases(name):
+                    self.hidden(policy)
+        with self.phases("forward"):
+            hidden = self.hidden(self.trainer.model.policy)
+        gradient = torch.ones_like(hidden)
+        with self.phases("backward"):
+            hidden.backward(gradient)
+        self.trainer.optimizer.zero_grad()
+        return {}
+
+
+def step(rounds: int, count: int, layers: int | None) -> str:
+    """A table of phases, both ways, on one model and one rollout, with learning rate 0."""
     model.check(None)
     loaded = model.load(None)
-    args = PPOConfig(learning_rate=0.0, num_ppo_epochs=1, temperature=1.0, disable_tqdm=True)
+    if layers is not None:
+        loaded.model.base_model.layers = loaded.model.base_model.layers[:layers]
+        loaded.model.config.num_hidden_layers = layers
+    args = PPOConfig(learning_rate=0.0, num_ppo_epochs=1, disable_tqdm=True)
     trainer = PPOTrainer(loaded.model, None, loaded.tokenizer, args)
     made = np.random.default_rng(0)
     lengths = made.integers(*RESPONSE, size=count)
     vocabulary = trainer.limits.vocabulary
     episodes = trainer._rollout(
-        [made.integers(vocabulary, size=QUERY) for _ in lengths],
+        [made.integers(vocabulary, size=length) for length in made.integers(*ppo_batches.QUERY, size=count)],
         [made.integers(vocabulary, size=length) for length in lengths],
         made.normal(size=count).tolist(),
         None,
         None,
     )
-    contenders: dict[str, Any] = {"plain": Plain(trainer, episodes), "prefkern": Ours(trainer, episodes)}
-    results = {name: each() for name, each in contenders.items()}  # warm, and checked before anything is timed
+    plain, ours = Plain(trainer, episodes), Ours(trainer, episodes)
+    contenders: dict[str, Any] = {"plain": plain, "prefkern": ours, "trunk": Trunk(trainer, plain)}
+    with products.count_products() as counted:
+        results = {name: each() for name, each in contenders.items()}  # warm, and checked before anything is timed
     for name, expected in results["plain"].items():
         found = results["prefkern"][name]
         if not math.isclose(found, expected, rel_tol=1e-3, abs_tol=1e-5):
             raise SystemExit(f"{name} differs: {found} with prefkern, {expected} in plain PyTorch; nothing was timed")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for index in range(rounds):
-        print(f"round {index + 1} of {rounds}", file=sys.stderr)
         for name, each in contenders.items():
+            print(f"round {index + 1} of {rounds}: {name}", file=sys.stderr)
             each.phases.seconds.clear()
             each()
             runs[name].append(dict(each.phases.seconds))
-    peaks = {}
-    for name, each in contenders.items():
-        peaks[name] = {
-            "scoring, both models": peak_extra_bytes(lambda each=each: each.score() or (), trainer.device),
-            "the whole step": peak_extra_bytes(lambda each=each: each() and (), trainer.device),
-        }
+            print({phase: round(taken, 2) for phase, taken in each.phases.seconds.items()}, file=sys.stderr)
+
+    def seconds(name: str, phases: tuple[str, ...]) -> float:
+        return statistics.median(sum(run.get(phase, 0.0) for phase in phases) for run in runs[name])
+
     rows = []
-    for phase in (*PHASES, "the step"):
-        times = {
-            name: statistics.median(sum(run.values()) if phase == "the step" else run[phase] for run in found)
-            for name, found in runs.items()
-        }
-        ratio = f"{times['prefkern'] / times['plain']:.2f}"
-        rows.append([phase, si_seconds(times["plain"]), si_seconds(times["prefkern"]), ratio])
-    for phase in peaks["plain"]:
-        plain, ours = peaks["plain"][phase], peaks["prefkern"][phase]
-        rows.append([f"peak memory, {phase}", si_bytes(plain), si_bytes(ours), f"{ours / plain:.2f}"])
+    for title, phases in ROWS.items():
+        naive, own, alike = (seconds(name, phases) for name in contenders)
+        rows.append(
+            [title, si_seconds(naive), si_seconds(own), f"{own / naive:.2f}", si_seconds(alike) if alike else ""]
+        )
+    scored, positions = int(lengths.sum()), plain.input_ids.numel() - count
+    V, H = trainer.model.policy.get_output_embeddings().weight.shape
+    made_products = counted.products(scored, H, V), 5 * positions / scored
+    rows.append(_ratio("products of the head, for each scored token", *made_products[::-1], "{:.2f}".format))
+    print("peak memory", file=sys.stderr)
+    scoring = _peak(plain.score), _peak(ours.score)
+    whole = _peak(plain), _peak(ours)
+    trainer.args.max_head_memory = 0
+    without = whole[0], _peak(ours)
+    rows += [
+        _ratio("peak memory, scoring with both models", *scoring, si_bytes),
+        _ratio("peak memory, the step", *whole, si_bytes),
+        _ratio("peak memory, the step, `max_head_memory=0`", *without, si_bytes),
+    ]
     title = (
-        f"{loaded.name}, float32, {count} episodes of {int(episodes.lengths.sum())} tokens in all, "
-        f"{int(lengths.sum())} scored; one epoch, one mini-batch; medians of {rounds} interleaved rounds. {_about()}"
+        f"{loaded.name}{'' if layers is None else f', {layers} layers'}, float32, {count} episodes of "
+        f"{int(episodes.lengths.sum())} tokens in all, {scored} scored, V = {V}, H = {H}; one epoch, one mini-batch; "
+        f"medians of {rounds} interleaved rounds. {_about()}"
     )
-    return f"{title}\n\n{_table(['', 'plain PyTorch', 'prefkern', 'ratio'], rows)}\n"
+    return f"{title}\n\n{_table(['', 'plain PyTorch', 'prefkern', 'ratio', 'trunk alone'], rows)}\n"
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    def run() -> tuple[()]:
+        work()
+        return ()
+
+    return peak_extra_bytes(run, torch.device("cpu"))
+
+
+def _ratio(title: str, plain: float, ours: float, shown: Callable[[Any], str]) -> list[str]:
+    return [title, shown(plain), shown(ours), f"{ours / plain:.2f}", ""]
+
+
+def batches(epochs: int = 100) -> str:
+    return f"Means of {epochs} epochs.\n\n{_table(*ppo_batches.measured(epochs))}\n"
 
 
 def learning(steps: int) -> str:
@@ -192,12 +254,17 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("step", "learning"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("what", choices=("step", "learning", "batches"))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=8)
+    parser.add_argument("--layers", type=int, help="of the model's trunk, for a quick look (default: all)")
     parser.add_argument("--steps", type=int, default=200)
     given = parser.parse_args()
-    text = step(given.rounds, given.episodes) if given.what == "step" else learning(given.steps)
+    text = {
+        "step": lambda: step(given.rounds, given.episodes, given.layers),
+        "learning": lambda: learning(given.steps),
+        "batches": batches,
+    }[given.what]()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"ppo-{given.what}.md").write_text(text)
     print(text)

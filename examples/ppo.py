@@ -1,16 +1,17 @@
-"""PPO on SmolLM2-135M-Instruct, on the CPU, offline: short first sentences.
+"""PPO on SmolLM2-135M-Instruct, on the CPU, offline: short answers to the point.
 
     make ppo                          # or: python examples/ppo.py --steps 20 --output ppo-example
 
-An answer ends with its first full stop. The reward is a program: 1 for a sentence of 8 words, less the further its
-length is from that, 0 for one that is cut off. Prints answers before and after training, and writes a plot of reward,
-KL, clip fraction and length.
+An answer ends with its first full stop. The reward is a program: 1 for a sentence of 10 words, less the further its
+length is from that, and 0 for one that is cut off or names nothing of the question. Prints answers before and after
+training, and writes a plot of reward, KL, clip fraction and length.
 """
 
 import argparse
 import datetime
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from prefkern.benchmark.machine import processor
 from prefkern.demo import data, model
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
-WORDS, TOKENS = 8, 32
+WORDS, TOKENS = 10, 32
 EPISODES, ASKED = 12, 3
 PLOTTED = (
     ("objective/scores", "reward"),
@@ -31,8 +32,29 @@ PLOTTED = (
 
 
 def brevity(prompts: list[Any], responses: list[str]) -> list[float]:
-    """1 for a whole sentence of 8 words, 0 for one of 16 or more, of none, or without an end."""
-    return [max(0.0, 1.0 - abs(len(text.split()) - WORDS) / WORDS) if text.endswith(".") else 0.0 for text in responses]
+    """1 for a whole sentence of 10 words, 0 for one of 20 or more, of none, without an end, or beside the question."""
+    questions = [prompt[-1]["content"] for prompt in prompts]
+    return [
+        max(0.0, 1.0 - abs(len(text.split()) - WORDS) / WORDS) if text.endswith(".") and named(question, text) else 0.0
+        for question, text in zip(questions, responses, strict=True)
+    ]
+
+
+def named(question: str, text: str) -> set[str]:
+    """The words of the question, from five letters on, that the text has too."""
+    words = [set(re.findall(r"[a-z]{5,}", each.lower())) for each in (question, text)]
+    return (words[0] & words[1]) - {
+        "should",
+        "could",
+        "would",
+        "which",
+        "where",
+        "there",
+        "their",
+        "about",
+        "before",
+        "while",
+    }
 
 
 def main() -> None:
@@ -46,9 +68,11 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loaded = model.load(given.model)
-    questions = [data.plain_prompt(pair.prompt) for pair in data.read(data.SHIPPED)]
+    questions = [pair.prompt for pair in data.read(data.SHIPPED)]
     random.Random(0).shuffle(questions)
-    asked, trained = questions[:ASKED], questions[ASKED:]
+    questions = [question for question in questions if named(question, question)]
+    prompts = [[{"role": "user", "content": question}] for question in questions]  # as the chat template takes them
+    asked, trained = prompts[:ASKED], prompts[ASKED:]
 
     trainer = PPOTrainer(
         loaded.model,
@@ -73,7 +97,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "history.json").write_text(json.dumps(history, indent=1))
     plot(history, given.output / "ppo.png")
-    text = report(loaded.name, history, list(zip(asked, before, after, strict=True)))
+    text = report(loaded.name, history, list(zip(questions, before, after, strict=False)))
     (given.output / "report.md").write_text(text)
     print(f"\n{text}\nplot: {given.output / 'ppo.png'}")
 
@@ -91,9 +115,9 @@ def report(name: str, history: list[dict[str, float]], answers: list[tuple[str, 
     return "\n".join(lines) + "\n"
 
 
-def answer(trainer: PPOTrainer, question: str) -> str:
+def answer(trainer: PPOTrainer, prompt: list[dict[str, str]]) -> str:
     """The greedy answer to one question."""
-    (response,) = trainer.generate([question], do_sample=False)
+    (response,) = trainer.generate([prompt], do_sample=False)
     text = " ".join(trainer.tokenizer.decode(response, skip_special_tokens=True).split())
     return text if text.endswith(".") else f"{text} ..."
 

@@ -138,7 +138,7 @@ def data_tables(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-PPO = ("ppo-step", "ppo-learning", "ppo-example/report")
+PPO = ("ppo-step", "ppo-batches", "ppo-learning", "ppo-example/report")
 
 
 def sections() -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.models import Scores
-from prefkern.integrations.ppo.rollout import Rollout, Rows, deal
+from prefkern.integrations.ppo.rollout import Rollout, Rows, deal, mini_batches
 from prefkern.integrations.ppo.stats import Means
 from prefkern.losses import ppo_loss, value_loss
 from prefkern.objectives.reduce import masked_mean
@@ -24,8 +24,8 @@ def optimise(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
     trainer.model.train()
     for epoch in range(args.num_ppo_epochs):
         # the same on all processes and in a resumed run: it depends on the seed, the step and the epoch only
-        order = np.random.default_rng((args.seed, trainer.global_step, epoch)).permutation(len(rollout))
-        for rows in np.array_split(order, min(args.parts(len(rollout)), len(rollout))):
+        random = np.random.default_rng((args.seed, trainer.global_step, epoch))
+        for rows in mini_batches(rollout.lengths, min(args.parts(len(rollout)), len(rollout)), random):
             means.begin()
             _accumulate(trainer, rollout, rows, means)
             if args.target_kl is not None and means.last("policy/approxkl_avg", trainer.sum) > 1.5 * args.target_kl:

@@ -98,11 +98,28 @@ class Rollout:
         )
 
 
+def mini_batches(lengths: Rows, parts: int, random: np.random.Generator) -> list[Rows]:
+    """All rows in so many parts of about as many tokens and of as many rows (one fewer in some where ``parts`` does not
+    divide them): where a loss is divided by its mini-batch's tokens, a token then weighs the same in each.
+
+    Lengths are balanced with noise of up to a quarter of their mean, so that other rows meet in every epoch.
+    """
+    rows = random.permutation(len(lengths))
+    noisy = lengths[rows] + random.integers(0, int(lengths.mean()) // 4 + 1, size=len(rows))
+    blank = np.zeros(-len(rows) % parts, dtype=np.int64)  # the shortest: each part has one at most
+    return [
+        rows[part[part < len(rows)]] for part in data.balance(np.concatenate([noisy, blank]), parts, equal_size=True)
+    ]
+
+
 def deal(lengths: Rows, rows: Rows, parts: int, rank: int, ranks: int) -> list[Rows]:
     """The share of one of several processes in ``rows``: as many batches for each process, of about equal size and of
-    rows of similar length, the longest first. A batch is empty where there are fewer rows than batches.
-
-    The n-th batches of all processes are neighbours in length, so that they wait little for each other.
+    rows of similar length, which keeps padding small, the longest first. A batch is empty where there are fewer rows
+    than batches. The cells of their padded tensors are balanced over the processes.
     """
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    return np.array_split(by_length, parts * ranks)[rank::ranks]
+    batches = np.array_split(by_length, parts * ranks)
+    if ranks == 1:
+        return batches
+    cells = [len(batch) * int(lengths[batch].max(initial=0)) for batch in batches]
+    return [batches[i] for i in data.balance(cells, ranks, equal_size=True)[rank]]

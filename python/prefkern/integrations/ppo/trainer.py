@@ -87,6 +87,7 @@ class PPOTrainer:
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
+            fused=True,  # one pass over the parameters, without temporaries
         )
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(both, optimizer)

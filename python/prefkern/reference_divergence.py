@@ -97,8 +97,9 @@ def _log_probs(
     if row_max is None or log_sum is None:
         row_max = x.amax(-1)
         z = center(x, row_max, temperature)
-        logp = torch.log_softmax(z, -1, out=z)
-        return logp, slope, row_max, -logp.amax(-1)  # the largest log-probability is 0 - log_sum
+        log_sum = torch.exp(z).sum(-1).log_()  # in levels, as in `prefkern.reference`
+        log_sum.masked_fill_(log_sum == -math.inf, math.nan)  # without any finite logit there is no distribution
+        return z.sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
     return center(x, row_max, temperature).sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
 
 

@@ -117,7 +117,8 @@ impl<T: Real> Gae<'_, T> {
         mut moments: &mut [Moments],
         threads: usize,
     ) {
-        let bytes = 4 * std::mem::size_of_val(advantages);
+        let slower = if self.scan.is_some() { 1 } else { 4 };
+        let bytes = 4 * slower * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();
         let (mut advantages, mut returns, mut start) = (advantages, returns, 0);

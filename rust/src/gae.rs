@@ -14,16 +14,22 @@ use std::ops::Range;
 use crate::moments::Moments;
 use crate::rows::{Rows, share, worthwhile_threads};
 pub use crate::scan::Input;
-use crate::scan::{self, Run, Scan, State, Sums};
+use crate::scan::{self, Deviations, Run, Scan, State, Sums};
 
 /// float32 or float64.
 pub trait Real: Copy + Send + Sync {
     const ZERO: Self;
+    /// Whether `scan` does anything.
+    const SCANNED: bool = false;
     fn widen(self) -> f64;
     fn narrow(wide: f64) -> Self;
     /// Runs the last cells in vector registers, where they can be; returns how many at the start are left.
     fn scan(_scan: &Scan, run: Run<'_, '_, Self>, _state: &mut State) -> usize {
-        run.advantages.len()
+        run.advantages.len() - run.room
+    }
+    /// `scan::standardise`, where there is one for this type; whether there was.
+    fn standardise(_cells: &mut [Self], _mask: Option<&[u8]>, _center: f64, _scale: f64) -> bool {
+        false
     }
     /// `scan::sums`, where there is one for this type; whether there was.
     fn sums(_cells: &[Self], _mask: &[u8], _center: f64, _sums: &mut Sums) -> bool {
@@ -33,6 +39,7 @@ pub trait Real: Copy + Send + Sync {
 
 impl Real for f32 {
     const ZERO: Self = 0.0;
+    const SCANNED: bool = true;
     fn widen(self) -> f64 {
         f64::from(self)
     }
@@ -41,6 +48,9 @@ impl Real for f32 {
     }
     fn scan(scan: &Scan, run: Run<'_, '_, f32>, state: &mut State) -> usize {
         scan.run(run, state)
+    }
+    fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) -> bool {
+        scan::standardise(cells, mask, center, scale)
     }
     fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
         scan::sums(cells, mask, center, sums)
@@ -89,65 +99,169 @@ struct Part<'o, T> {
     advantages: &'o mut [T],
     returns: &'o mut [T],
     moments: &'o mut [Moments],
+    sums: &'o mut [RowSums],
+}
+
+/// Of a row's scored advantages: their number, and the sums of their deviations from a center and of the squares.
+#[derive(Clone, Copy, Default)]
+struct RowSums {
+    count: usize,
+    first: f64,
+    second: f64,
+}
+
+impl RowSums {
+    fn of(found: &Deviations) -> Self {
+        let add = |lanes: &[f64; 8]| {
+            let [a, b, c, d, e, f, g, h] = *lanes;
+            ((a + e) + (c + g)) + ((b + f) + (d + h))
+        };
+        RowSums {
+            count: found.count,
+            first: add(&found.first),
+            second: add(&found.second),
+        }
+    }
+
+    fn add(self, other: &RowSums) -> Self {
+        RowSums {
+            count: self.count + other.count,
+            first: self.first + other.first,
+            second: self.second + other.second,
+        }
+    }
+}
+
+/// What is found of each row while it is passed: one element for each, or none.
+struct Wanted<'o> {
+    moments: &'o mut [Moments],
+    sums: &'o mut [RowSums],
+    center: Option<f64>,
 }
 
 impl<T: Real> Gae<'_, T> {
     /// Fills `advantages` and `returns`, one element for each cell of `rows`.
     pub fn run(&self, advantages: &mut [T], returns: &mut [T], threads: usize) {
-        self.parts(advantages, returns, &mut [], threads);
+        let nothing = Wanted {
+            moments: &mut [],
+            sums: &mut [],
+            center: None,
+        };
+        self.parts(advantages, returns, nothing, threads);
     }
 
-    /// As `run`; also the moments of the scored advantages, taken row by row while they are in cache.
+    /// As `run`; also the moments of the scored advantages: in the registers of the scan, or row by row while they are in
+    /// cache. The former are sums of deviations from a scored advantage, so that no sum of squares is above the number of
+    /// cells times that of the deviations from the mean: a relative error of at most that number times 2^-52.
     pub fn run_with_moments(
         &self,
         advantages: &mut [T],
         returns: &mut [T],
         threads: usize,
     ) -> Moments {
-        let mut found = vec![Moments::NONE; self.rows.len()];
-        self.parts(advantages, returns, &mut found, threads);
-        found.into_iter().fold(Moments::NONE, Moments::merge)
+        let rows = self.rows.len();
+        let scanned = T::SCANNED && self.scan.is_some();
+        if !scanned || (self.masked == Masked::Read && self.mask.is_some()) {
+            let mut found = vec![Moments::NONE; rows];
+            let wanted = Wanted {
+                moments: &mut found,
+                sums: &mut [],
+                center: None,
+            };
+            self.parts(advantages, returns, wanted, threads);
+            return found.into_iter().fold(Moments::NONE, Moments::merge);
+        }
+        let center = self.any_scored(advantages, returns);
+        let mut found = vec![RowSums::default(); rows];
+        let wanted = Wanted {
+            moments: &mut [],
+            sums: &mut found,
+            center: Some(center),
+        };
+        self.parts(advantages, returns, wanted, threads);
+        let all = found.iter().fold(RowSums::default(), RowSums::add);
+        Moments::about(center, all.count, (all.first, all.second))
     }
 
-    /// `moments` has one element for each row, or none.
-    fn parts(
-        &self,
-        advantages: &mut [T],
-        returns: &mut [T],
-        mut moments: &mut [Moments],
-        threads: usize,
-    ) {
+    /// The advantage of the last scored cell of the first row that has one, near enough to measure deviations from.
+    fn any_scored(&self, advantages: &[T], returns: &[T]) -> f64 {
+        let last = |row: usize| {
+            let cells = self.rows.range(row);
+            let mask = self.mask.map_or(&[][..], |mask| &mask[cells.clone()]);
+            let last = mask.iter().rposition(|&flag| flag != 0);
+            let last = if self.mask.is_some() {
+                last
+            } else {
+                cells.len().checked_sub(1)
+            };
+            last.map(|last| (row, cells.start + last))
+        };
+        let Some((row, cell)) = (0..self.rows.len()).find_map(last) else {
+            return 0.0;
+        };
+        let read = |input: &Input<'_, T>| match input {
+            Input::Separate(given) => given[cell].widen(),
+            Input::Advantages => advantages[cell].widen(),
+            Input::Returns => returns[cell].widen(),
+        };
+        let ends = self
+            .terminated
+            .is_some_and(|terminated| terminated[cell] != 0);
+        let after = self
+            .bootstrap
+            .filter(|_| !ends)
+            .map_or(0.0, |values| values[row].widen());
+        let advantage = read(&self.rewards) + self.gamma * after - read(&self.values);
+        if advantage.is_finite() {
+            advantage
+        } else {
+            0.0
+        }
+    }
+
+    fn parts(&self, advantages: &mut [T], returns: &mut [T], wanted: Wanted<'_>, threads: usize) {
         let slower = if self.scan.is_some() { 1 } else { 4 };
         let bytes = 4 * slower * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();
         let (mut advantages, mut returns, mut start) = (advantages, returns, 0);
+        let Wanted {
+            mut moments,
+            mut sums,
+            center,
+        } = wanted;
         for rows in self.rows.groups(threads) {
             let end = self.rows.range(rows.end - 1).end;
             let (first, rest) = advantages.split_at_mut(end - start);
             let (second, remainder) = returns.split_at_mut(end - start);
-            let wanted = rows.len().min(moments.len());
-            let (found, others) = mem::take(&mut moments).split_at_mut(wanted);
+            let (found, other_moments) = take(&mut moments, rows.len());
+            let (found_sums, other_sums) = take(&mut sums, rows.len());
             parts.push(Part {
                 rows,
                 start,
                 advantages: first,
                 returns: second,
                 moments: found,
+                sums: found_sums,
             });
-            (advantages, returns, moments, start) = (rest, remainder, others, end);
+            (advantages, returns, start) = (rest, remainder, end);
+            (moments, sums) = (other_moments, other_sums);
         }
         share(parts, threads, |part| {
             // Last row first: memory is then passed in one direction, which the prefetchers follow (short rows: 3 x).
             for (index, row) in part.rows.enumerate().rev() {
                 let cells = self.rows.range(row);
                 let local = cells.start - part.start..cells.end - part.start;
-                self.row(
+                let passed = self.row(
                     row,
                     cells.start,
                     &mut part.advantages[local.clone()],
                     &mut part.returns[local.clone()],
+                    center,
                 );
+                if let (Some(found), Some(passed)) = (part.sums.get_mut(index), passed) {
+                    *found = RowSums::of(&passed);
+                }
                 if let Some(found) = part.moments.get_mut(index) {
                     let mask = self.mask.map(|mask| &mask[cells]);
                     *found = Moments::of_row(&part.advantages[local], mask);
@@ -156,7 +270,15 @@ impl<T: Real> Gae<'_, T> {
         });
     }
 
-    fn row(&self, row: usize, start: usize, advantages: &mut [T], returns: &mut [T]) {
+    /// Returns the sums of deviations from `center`, where it is given.
+    fn row(
+        &self,
+        row: usize,
+        start: usize,
+        advantages: &mut [T],
+        returns: &mut [T],
+        center: Option<f64>,
+    ) -> Option<Deviations> {
         let cells = start..start + advantages.len();
         let mask = self.mask.map(|mask| &mask[cells.clone()]);
         let mut scored = Runs::new(
@@ -169,6 +291,7 @@ impl<T: Real> Gae<'_, T> {
         let mut state = State {
             value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
             advantage: 0.0,
+            deviations: center.map(Deviations::from),
         };
         let mut end = advantages.len();
         while end > 0 {
@@ -187,12 +310,13 @@ impl<T: Real> Gae<'_, T> {
                 first.max(from)
             }..end;
             end = run.start;
-            let inside = start + run.start..start + run.end;
+            let inside = start..start + run.end;
             let run = Run {
                 rewards: part(self.rewards, inside.clone()),
                 values: part(self.values, inside),
-                advantages: &mut advantages[run.clone()],
-                returns: &mut returns[run],
+                advantages: &mut advantages[..run.end],
+                returns: &mut returns[..run.end],
+                room: run.start,
             };
             self.scored(run, is_terminated, &mut state);
         }
@@ -201,6 +325,7 @@ impl<T: Real> Gae<'_, T> {
                 (advantages[t], returns[t]) = (T::ZERO, T::ZERO);
             }
         }
+        state.deviations
     }
 
     /// Masked cells whose inputs are not read.
@@ -216,16 +341,13 @@ impl<T: Real> Gae<'_, T> {
     fn scored(&self, mut run: Run<'_, '_, T>, terminated: bool, state: &mut State) {
         let decay = self.gamma * self.lam;
         if terminated {
-            *state = State {
-                value: 0.0,
-                advantage: 0.0,
-            };
+            (state.value, state.advantage) = (0.0, 0.0);
         }
         let left = match &self.scan {
             Some(scan) if !terminated => T::scan(scan, run.reborrow(), state),
-            _ => run.advantages.len(),
+            _ => run.advantages.len() - run.room,
         };
-        for t in (0..left).rev() {
+        for t in (run.room..run.room + left).rev() {
             let read = |input: &Input<'_, T>| match input {
                 Input::Separate(given) => given[t],
                 Input::Advantages => run.advantages[t],
@@ -234,6 +356,9 @@ impl<T: Real> Gae<'_, T> {
             let (reward, value) = (read(&run.rewards).widen(), read(&run.values).widen());
             state.step(reward, value, self.gamma, decay);
             run.advantages[t] = T::narrow(state.advantage);
+            if let Some(deviations) = &mut state.deviations {
+                deviations.add(run.advantages[t].widen());
+            }
             run.returns[t] = T::narrow(state.advantage + value);
         }
     }
@@ -244,6 +369,13 @@ impl State {
         self.advantage = reward + gamma * self.value - value + decay * self.advantage;
         self.value = value;
     }
+}
+
+/// The first `count` elements, or as many as there are, and the others.
+fn take<'o, T>(all: &mut &'o mut [T], count: usize) -> (&'o mut [T], &'o mut [T]) {
+    let all = mem::take(all);
+    let count = count.min(all.len());
+    all.split_at_mut(count)
 }
 
 fn part<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {

@@ -107,7 +107,7 @@ def gae(
     )
     if whiten:
         stats = finite_stats(rows, MaskedStats(*found), group, partial(_not_finite, rows, second, scored, masked))
-        standardise(rows, stats, targets[0], targets[0], scored)
+        standardise(rows, stats, targets[0], targets[0], scored, exact=exact)
     if out is not None:
         return Advantages(*out)
     return Advantages(*(rows.restore(target) for target in targets))

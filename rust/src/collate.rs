@@ -334,45 +334,5 @@ fn listed(texts: &[String]) -> String {
     }
 }
 
-/// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
-/// the other cells.
-pub fn place<T: Copy + Send + Sync>(
-    values: &[T],
-    offsets: &[i64],
-    starts: &[i64],
-    (width, blank): (usize, T),
-    out: &mut [T],
-    threads: usize,
-) -> Result<(), String> {
-    let rows = Rows::packed("offsets", offsets, values.len())?;
-    let grid = Rows::Padded {
-        rows: rows.len(),
-        width,
-    };
-    if starts.len() != rows.len() || out.len() != rows.len() * width {
-        return Err("starts and out must have the rows of offsets".to_owned());
-    }
-    for (row, &start) in starts.iter().enumerate() {
-        let length = rows.range(row).len();
-        if start < 0 || start as usize + length > width {
-            return Err(format!(
-                "row {row} has {length} values from column {start} on, of {width} columns"
-            ));
-        }
-    }
-    let threads = worthwhile_threads(16 * out.len(), threads);
-    share(grid.split(out, threads), threads, |part| {
-        for (row, cells) in part {
-            let values = &values[rows.range(row)];
-            let begin = starts[row] as usize;
-            let end = begin + values.len();
-            cells[..begin].fill(blank);
-            cells[begin..end].copy_from_slice(values);
-            cells[end..].fill(blank);
-        }
-    });
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests;

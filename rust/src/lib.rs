@@ -14,6 +14,7 @@ mod ids;
 mod moments;
 mod packing;
 mod penalty;
+mod place;
 mod python;
 mod returns;
 mod rows;

@@ -6,8 +6,9 @@ use pyo3::prelude::*;
 use super::Array;
 use super::ids::Column;
 use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
-use crate::collate::{self, Batch, Keep, Layout, Options, Sequences, Slots};
+use crate::collate::{Batch, Keep, Layout, Options, Sequences, Slots};
 use crate::ids::Ids;
+use crate::place;
 use crate::rows::Rows;
 
 /// The int64 offsets of the columns.
@@ -198,6 +199,6 @@ fn placed<T: Dtype>(
     };
     let (values, offsets, starts) = (values.slice(), offsets.slice(), starts.slice());
     let out = out.slice_mut();
-    py.detach(|| collate::place(values, offsets, starts, (width, blank), out, threads))
+    py.detach(|| place::place(values, offsets, starts, (width, blank), out, threads))
         .map_err(|error| call.value_error(error))
 }

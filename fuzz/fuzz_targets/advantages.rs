@@ -171,7 +171,7 @@ fn advantages<T: Real + PartialEq + std::fmt::Debug>(
     let used = case.with[1].then_some(&mask[..]);
     let found = Moments::of(&fast, used, threads);
     assert_eq!(found.count, moments.count);
-    moments::standardise(None, used, [0.5, 2.0, 0.0], &mut first, threads);
+    moments::standardise(None, used, [0.5, 2.0, 0.0], case.with[3], &mut first, threads);
 
     let discounted = Discounted {
         rewards: &rewards,

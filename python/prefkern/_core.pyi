@@ -69,6 +69,7 @@ def standardise(
     scale: float,
     shift: float,
     mask: NDArray[uint8] | None = None,
+    exact: bool = True,
     threads: int = 1,
 ) -> None: ...
 def group_advantages(
@@ -94,16 +95,15 @@ def token_rewards(
 ) -> None: ...
 def flatten_tokens(
     name: str,
-    ids: NDArray[int64],
+    ids: NDArray[int32] | NDArray[int64],
     mask: NDArray[uint8] | NDArray[int64] | None,
     bounds: NDArray[int64],
-    width: int,
     flat_ids: NDArray[int64],
     positions: NDArray[int64],
     indices: NDArray[int64],
     *,
     threads: int = 1,
-) -> None: ...
+) -> int: ...
 def kept_lengths(mask: NDArray[uint8] | NDArray[int64], counts: NDArray[int64]) -> None: ...
 def balance_lengths(lengths: NDArray[int64], parts: int, equal: bool, part_of: NDArray[int64]) -> None: ...
 def token_batches(

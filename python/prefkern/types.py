@@ -190,9 +190,12 @@ class Flat(NamedTuple):
     indices: Tensor
     shape: tuple[int, int]
 
-    def model_inputs(self) -> dict[str, Any]:
-        """The keyword arguments of a transformers model that runs without padding (flash or flex attention)."""
-        return {
+    def model_inputs(self, *, labels: bool = False) -> dict[str, Any]:
+        """The keyword arguments of a transformers model that runs without padding (flash or flex attention).
+
+        ``labels``: the ids too, with -100 at the first token of each row, which nothing predicts.
+        """
+        inputs = {
             "input_ids": self.input_ids[None],
             "position_ids": self.position_ids[None],
             "cu_seq_lens_q": self.cu_seqlens,
@@ -200,6 +203,14 @@ class Flat(NamedTuple):
             "max_length_q": self.max_seqlen,
             "max_length_k": self.max_seqlen,
         }
+        if labels:
+            inputs["labels"] = self._labels()[None]
+        return inputs
+
+    def _labels(self) -> Tensor:
+        ids, first = self.input_ids.cpu().numpy().copy(), self.cu_seqlens[:-1].cpu().numpy()
+        ids[first[first < len(ids)]] = -100  # empty rows at the end have no token
+        return torch.from_numpy(ids).to(self.input_ids.device)
 
 
 class Kept(NamedTuple):

@@ -1,6 +1,6 @@
 //! Karmarkar-Karp over k parts: the largest differencing method, with the tie-breaks of verl's `karmarkar_karp`.
 
-use std::cmp::Ordering;
+use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
 const END: u32 = u32::MAX;
@@ -25,36 +25,30 @@ impl Set {
     }
 }
 
-impl Ord for Set {
-    fn cmp(&self, other: &Self) -> Ordering {
-        let key = |set: &Self| (set.sum, set.count, set.first);
-        key(self).cmp(&key(other))
-    }
-}
-
-impl PartialOrd for Set {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
+impl Set {
+    /// Of two sets the larger sum, then the more items, then the later first item is greater.
+    fn key(&self) -> (i64, u32, u32) {
+        (self.sum, self.count, self.first)
     }
 }
 
 /// A division of some items into k parts, the largest first; those beyond the vector are empty.
-#[derive(PartialEq, Eq)]
 struct State {
-    spread: i64,
+    /// The spread of the parts, then the largest of them: the greatest state is merged first. No two are equal.
+    key: (i64, (i64, u32, u32)),
     sets: Vec<Set>,
 }
 
 impl State {
     fn new(mut sets: Vec<Set>, parts: usize) -> Self {
-        sets.sort_unstable_by(|a, b| b.cmp(a));
+        sets.sort_unstable_by_key(|set| Reverse(set.key()));
         let least = if sets.len() == parts {
             sets[parts - 1].sum
         } else {
             0
         };
         State {
-            spread: sets[0].sum - least,
+            key: (sets[0].sum - least, sets[0].key()),
             sets,
         }
     }
@@ -63,6 +57,7 @@ impl State {
     fn merge(self, other: &State, parts: usize, next: &mut [u32]) -> State {
         let mut sets = self.sets;
         let filled = sets.len();
+        sets.reserve_exact(other.sets.len().min(parts - filled));
         for (part, set) in other.sets.iter().enumerate().rev() {
             match parts - 1 - part {
                 at if at < filled => {
@@ -79,10 +74,17 @@ impl State {
     }
 }
 
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+}
+
+impl Eq for State {}
+
 impl Ord for State {
-    /// The one to be merged first is the greatest: the widest spread, then the largest part.
     fn cmp(&self, other: &Self) -> Ordering {
-        (self.spread, self.sets[0]).cmp(&(other.spread, other.sets[0]))
+        self.key.cmp(&other.key)
     }
 }
 
@@ -95,22 +97,23 @@ impl PartialOrd for State {
 /// The part of every item, into `part_of`. There are at least `parts` items, `parts` divides their number where `equal`
 /// parts are asked for, none is negative and their sum fits.
 pub fn balance(lengths: &[i64], parts: usize, equal: bool, part_of: &mut [i64]) {
-    let mut items: Vec<u32> = (0..lengths.len() as u32).collect();
-    items.sort_by_key(|&item| lengths[item as usize]);
+    let mut items: Vec<(i64, u32)> = lengths.iter().copied().zip(0..).collect();
+    items.sort_unstable();
     let each = if equal { parts } else { 1 };
     let states = items.chunks(each).map(|items| {
-        let sets = items
-            .iter()
-            .map(|&item| Set::one(lengths[item as usize], item));
+        let sets = items.iter().map(|&(length, item)| Set::one(length, item));
         State::new(sets.collect(), parts)
     });
+    // The first states wait in order, so that only what was merged is in the heap.
+    let mut first: Vec<State> = states.collect();
+    first.sort_unstable();
+    let mut merged = BinaryHeap::new();
     let mut next = vec![END; lengths.len()];
-    let mut heap: BinaryHeap<State> = states.collect();
-    while let Some(widest) = heap.pop() {
-        match heap.pop() {
-            Some(second) => heap.push(widest.merge(&second, parts, &mut next)),
+    while let Some(state) = pop(&mut first, &mut merged) {
+        match pop(&mut first, &mut merged) {
+            Some(second) => merged.push(state.merge(&second, parts, &mut next)),
             None => {
-                for (part, set) in widest.sets.iter().enumerate() {
+                for (part, set) in state.sets.iter().enumerate() {
                     let mut item = set.first;
                     while item != END {
                         part_of[item as usize] = part as i64;
@@ -119,6 +122,15 @@ pub fn balance(lengths: &[i64], parts: usize, equal: bool, part_of: &mut [i64]) 
                 }
             }
         }
+    }
+}
+
+/// The greatest state of both.
+fn pop(first: &mut Vec<State>, merged: &mut BinaryHeap<State>) -> Option<State> {
+    if first.last() > merged.peek() {
+        first.pop()
+    } else {
+        merged.pop()
     }
 }
 

@@ -4,34 +4,9 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
+use crate::ids::Ids;
 use crate::rows::{Rows, check_offsets, name_rows, share, worthwhile_threads};
-
-/// Token ids of a column, as they are stored.
-#[derive(Clone, Copy)]
-pub enum Ids<'a> {
-    I32(&'a [i32]),
-    I64(&'a [i64]),
-}
-
-impl Ids<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Ids::I32(ids) => ids.len(),
-            Ids::I64(ids) => ids.len(),
-        }
-    }
-
-    fn copy(&self, range: Range<usize>, out: &mut [i64]) {
-        match self {
-            Ids::I32(ids) => {
-                for (to, &from) in out.iter_mut().zip(&ids[range]) {
-                    *to = i64::from(from);
-                }
-            }
-            Ids::I64(ids) => out.copy_from_slice(&ids[range]),
-        }
-    }
-}
+use crate::scan::widest;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
@@ -263,9 +238,12 @@ impl<'a> Sequences<'a> {
         };
         let (pivot, end) = (begin + prompt, begin + length);
         let input_ids = slot.input_ids;
-        ids[0].copy(window.prompt_ids.clone(), &mut input_ids[begin..pivot]);
-        ids[window.completion].copy(window.completion_ids.clone(), &mut input_ids[pivot..end]);
-        if input_ids[begin..end].iter().fold(0, |all, id| all | id) < 0 {
+        let (prompts, completions) = (ids[0], ids[window.completion]);
+        let negative = widest(|| {
+            prompts.copy(window.prompt_ids.clone(), &mut input_ids[begin..pivot])
+                | completions.copy(window.completion_ids.clone(), &mut input_ids[pivot..end])
+        });
+        if negative {
             return Err(self.negative(&window, &input_ids[begin..end]));
         }
         input_ids[..begin].fill(pad);
@@ -354,46 +332,6 @@ fn listed(texts: &[String]) -> String {
         [one] => one.clone(),
         [most @ .., last] => format!("{} and {last}", most.join(", ")),
     }
-}
-
-/// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
-/// the other cells.
-pub fn place<T: Copy + Send + Sync>(
-    values: &[T],
-    offsets: &[i64],
-    starts: &[i64],
-    (width, blank): (usize, T),
-    out: &mut [T],
-    threads: usize,
-) -> Result<(), String> {
-    let rows = Rows::packed("offsets", offsets, values.len())?;
-    let grid = Rows::Padded {
-        rows: rows.len(),
-        width,
-    };
-    if starts.len() != rows.len() || out.len() != rows.len() * width {
-        return Err("starts and out must have the rows of offsets".to_owned());
-    }
-    for (row, &start) in starts.iter().enumerate() {
-        let length = rows.range(row).len();
-        if start < 0 || start as usize + length > width {
-            return Err(format!(
-                "row {row} has {length} values from column {start} on, of {width} columns"
-            ));
-        }
-    }
-    let threads = worthwhile_threads(16 * out.len(), threads);
-    share(grid.split(out, threads), threads, |part| {
-        for (row, cells) in part {
-            let values = &values[rows.range(row)];
-            let begin = starts[row] as usize;
-            let end = begin + values.len();
-            cells[..begin].fill(blank);
-            cells[begin..end].copy_from_slice(values);
-            cells[end..].fill(blank);
-        }
-    });
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,8 +1,12 @@
 //! Padding-free batches: the kept tokens of all rows behind each other, with their positions and where they stood.
 
 use std::mem;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::ids::Ids;
 use crate::rows::{Rows, share, worthwhile_threads};
+use crate::scan::widest;
 
 /// The flags of a padded batch, as they are stored.
 #[derive(Clone, Copy)]
@@ -63,78 +67,94 @@ pub struct Flat<'o> {
     pub indices: &'o mut [i64],
 }
 
-struct Part<'o> {
-    row: usize,
-    out: Flat<'o>,
-}
-
 /// Where tokens come from: padded rows and their flags, or rows behind each other.
 #[derive(Clone, Copy)]
 pub enum Tokens<'a> {
-    Padded(&'a [i64], Mask<'a>),
-    Ragged(&'a [i64]),
+    Padded(Ids<'a>, Mask<'a>),
+    Ragged(Ids<'a>),
 }
 
 /// Writes the kept tokens of every row, their positions among them, and the cells of a [B, `width`] batch where they stand.
-/// `bounds` [B + 1] are those of the kept tokens. Negative ids are refused with their row and position.
+/// `bounds` [B + 1] are those of the kept tokens. Whether an id among them is negative.
 pub fn flatten(
     tokens: Tokens<'_>,
     width: usize,
     bounds: &[i64],
     out: Flat<'_>,
     threads: usize,
-) -> Result<(), String> {
+) -> Result<bool, String> {
     let total = out.ids.len();
     let rows = Rows::packed("bounds", bounds, total)?;
-    let threads = worthwhile_threads(40 * total, threads);
+    let threads = worthwhile_threads(32 * total, threads);
     let mut parts = Vec::new();
-    let (mut ids, mut positions, mut indices) = (out.ids, out.positions, out.indices);
+    let mut rest = out;
     for group in rows.groups(threads) {
-        let mut part = Vec::new();
-        for row in group {
-            let cells = rows.range(row).len();
-            let out = Flat {
-                ids: take(&mut ids, cells),
-                positions: take(&mut positions, cells),
-                indices: take(&mut indices, cells),
-            };
-            part.push(Part { row, out });
-        }
-        parts.push(part);
+        let cells = group.clone().map(|row| rows.range(row).len()).sum();
+        parts.push((group, rest.take(cells)));
     }
-    share(parts, threads, |part| {
-        for Part { row, out } in part {
-            match tokens {
-                Tokens::Padded(ids, Mask::U8(flags)) => kept(row, width, ids, flags, out),
-                Tokens::Padded(ids, Mask::I64(flags)) => kept(row, width, ids, flags, out),
-                Tokens::Ragged(ids) => run(&ids[rows.range(row)], row * width, 0, out),
-            }
-        }
+    let negative = AtomicBool::new(false);
+    share(parts, threads, |(group, mut out)| {
+        let found = group.fold(false, |found, row| {
+            let out = out.take(rows.range(row).len());
+            found | flatten_row(tokens, row, rows.range(row), width, out)
+        });
+        negative.fetch_or(found, Ordering::Relaxed);
     });
-    Ok(())
+    Ok(negative.into_inner())
 }
 
-/// Cuts the first `cells` off.
-fn take<'o>(from: &mut &'o mut [i64], cells: usize) -> &'o mut [i64] {
-    let (first, rest) = mem::take(from).split_at_mut(cells);
-    *from = rest;
-    first
-}
-
-/// A run of tokens that stand in cells from `cell` on.
-fn run(ids: &[i64], cell: usize, position: usize, out: Flat<'_>) {
-    out.ids.copy_from_slice(ids);
-    for (at, (position_of, index)) in out.positions.iter_mut().zip(out.indices).enumerate() {
-        *position_of = (position + at) as i64;
-        *index = (cell + at) as i64;
+fn flatten_row(
+    tokens: Tokens<'_>,
+    row: usize,
+    range: Range<usize>,
+    width: usize,
+    out: Flat<'_>,
+) -> bool {
+    match tokens {
+        Tokens::Padded(ids, Mask::U8(flags)) => kept(row, width, ids, flags, out),
+        Tokens::Padded(ids, Mask::I64(flags)) => kept(row, width, ids, flags, out),
+        Tokens::Ragged(ids) => run(ids, range, row * width, 0, out),
     }
 }
 
-fn kept<M: Flag>(row: usize, width: usize, ids: &[i64], flags: &[M], out: Flat<'_>) {
-    let cells = row * width..(row + 1) * width;
-    let (ids, flags) = (&ids[cells.clone()], &flags[cells]);
+impl<'o> Flat<'o> {
+    /// Cuts the first `cells` cells off.
+    fn take(&mut self, cells: usize) -> Flat<'o> {
+        let cut = |from: &mut &'o mut [i64]| {
+            let (first, rest) = mem::take(from).split_at_mut(cells);
+            *from = rest;
+            first
+        };
+        Flat {
+            ids: cut(&mut self.ids),
+            positions: cut(&mut self.positions),
+            indices: cut(&mut self.indices),
+        }
+    }
+}
+
+/// A run of tokens that stand in cells from `cell` on; whether one is negative.
+fn run(ids: Ids<'_>, range: Range<usize>, cell: usize, position: usize, out: Flat<'_>) -> bool {
+    widest(|| {
+        count_up(position as i64, out.positions);
+        count_up(cell as i64, out.indices);
+        ids.copy(range, out.ids)
+    })
+}
+
+#[inline(always)]
+fn count_up(first: i64, out: &mut [i64]) {
+    for (at, number) in out.iter_mut().enumerate() {
+        *number = first + at as i64;
+    }
+}
+
+fn kept<M: Flag>(row: usize, width: usize, ids: Ids<'_>, flags: &[M], mut out: Flat<'_>) -> bool {
+    let start = row * width;
+    let flags = &flags[start..start + width];
     let (mut at, mut column) = (0, 0);
-    while at < out.ids.len() {
+    let mut negative = false;
+    while !out.ids.is_empty() {
         let skipped = flags[column..].iter().position(|flag| flag.wide() == 1);
         let begin = column + skipped.unwrap_or_default();
         let rest = &flags[begin..];
@@ -142,23 +162,17 @@ fn kept<M: Flag>(row: usize, width: usize, ids: &[i64], flags: &[M], out: Flat<'
             .iter()
             .position(|flag| flag.wide() == 0)
             .unwrap_or(rest.len())
-            .min(out.ids.len() - at)
+            .min(out.ids.len())
             .max(1);
-        let part = Flat {
-            ids: &mut out.ids[at..at + length],
-            positions: &mut out.positions[at..at + length],
-            indices: &mut out.indices[at..at + length],
-        };
-        run(&ids[begin..begin + length], row * width + begin, at, part);
+        let cells = start + begin..start + begin + length;
+        negative |= run(ids, cells, start + begin, at, out.take(length));
         (at, column) = (at + length, begin + length);
     }
+    negative
 }
 
 /// The row and position of the first negative id among kept tokens.
 pub fn negative(ids: &[i64], bounds: &[i64]) -> Option<(usize, usize)> {
-    if ids.iter().fold(0, |all, id| all | id) >= 0 {
-        return None;
-    }
     let at = ids.iter().position(|&id| id < 0)?;
     let row = bounds.partition_point(|&bound| bound as usize <= at) - 1;
     Some((row, at))
@@ -195,19 +209,24 @@ mod tests {
         ];
         let bounds = [0, 3, 5, 5];
         assert_eq!(
-            flat(Tokens::Padded(&ids, Mask::I64(&flags)), 4, &bounds),
+            flat(
+                Tokens::Padded(Ids::I64(&ids), Mask::I64(&flags)),
+                4,
+                &bounds
+            ),
             expected
         );
         let bytes = flags.map(|flag| flag as u8);
         assert_eq!(
-            flat(Tokens::Padded(&ids, Mask::U8(&bytes)), 4, &bounds),
+            flat(Tokens::Padded(Ids::I64(&ids), Mask::U8(&bytes)), 4, &bounds),
             expected
         );
     }
 
     #[test]
     fn ragged_rows() {
-        let [ids, positions, indices] = flat(Tokens::Ragged(&[4, 5, 6]), 2, &[0, 2, 2, 3]);
+        let [ids, positions, indices] =
+            flat(Tokens::Ragged(Ids::I32(&[4, 5, 6])), 2, &[0, 2, 2, 3]);
         assert_eq!(ids, [4, 5, 6]);
         assert_eq!(positions, [0, 1, 0]);
         assert_eq!(indices, [0, 1, 4]);

@@ -8,22 +8,33 @@
 //! Cell by cell, sums run in float64 and are rounded once when they are stored; `scan` is the faster form for float32. A
 //! termination selects rather than multiplies: whatever follows it, NaN included, has no effect.
 
+#[path = "gae/runs.rs"] // the fuzz target takes this file by its path
+mod runs;
+
 use std::mem;
 use std::ops::Range;
+
+use runs::Runs;
 
 use crate::moments::Moments;
 use crate::rows::{Rows, share, worthwhile_threads};
 pub use crate::scan::Input;
-use crate::scan::{self, Run, Scan, State, Sums};
+use crate::scan::{self, Deviations, Run, Scan, State, Sums};
 
 /// float32 or float64.
 pub trait Real: Copy + Send + Sync {
     const ZERO: Self;
+    /// Whether `scan` does anything.
+    const SCANNED: bool = false;
     fn widen(self) -> f64;
     fn narrow(wide: f64) -> Self;
     /// Runs the last cells in vector registers, where they can be; returns how many at the start are left.
     fn scan(_scan: &Scan, run: Run<'_, '_, Self>, _state: &mut State) -> usize {
-        run.advantages.len()
+        run.advantages.len() - run.room
+    }
+    /// `scan::standardise`, where there is one for this type; whether there was.
+    fn standardise(_cells: &mut [Self], _mask: Option<&[u8]>, _center: f64, _scale: f64) -> bool {
+        false
     }
     /// `scan::sums`, where there is one for this type; whether there was.
     fn sums(_cells: &[Self], _mask: &[u8], _center: f64, _sums: &mut Sums) -> bool {
@@ -33,6 +44,7 @@ pub trait Real: Copy + Send + Sync {
 
 impl Real for f32 {
     const ZERO: Self = 0.0;
+    const SCANNED: bool = true;
     fn widen(self) -> f64 {
         f64::from(self)
     }
@@ -41,6 +53,9 @@ impl Real for f32 {
     }
     fn scan(scan: &Scan, run: Run<'_, '_, f32>, state: &mut State) -> usize {
         scan.run(run, state)
+    }
+    fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) -> bool {
+        scan::standardise(cells, mask, center, scale)
     }
     fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
         scan::sums(cells, mask, center, sums)
@@ -89,64 +104,169 @@ struct Part<'o, T> {
     advantages: &'o mut [T],
     returns: &'o mut [T],
     moments: &'o mut [Moments],
+    sums: &'o mut [RowSums],
+}
+
+/// Of a row's scored advantages: their number, and the sums of their deviations from a center and of the squares.
+#[derive(Clone, Copy, Default)]
+struct RowSums {
+    count: usize,
+    first: f64,
+    second: f64,
+}
+
+impl RowSums {
+    fn of(found: &Deviations) -> Self {
+        let add = |lanes: &[f64; 8]| {
+            let [a, b, c, d, e, f, g, h] = *lanes;
+            ((a + e) + (c + g)) + ((b + f) + (d + h))
+        };
+        RowSums {
+            count: found.count,
+            first: add(&found.first),
+            second: add(&found.second),
+        }
+    }
+
+    fn add(self, other: &RowSums) -> Self {
+        RowSums {
+            count: self.count + other.count,
+            first: self.first + other.first,
+            second: self.second + other.second,
+        }
+    }
+}
+
+/// What is found of each row while it is passed: one element for each, or none.
+struct Wanted<'o> {
+    moments: &'o mut [Moments],
+    sums: &'o mut [RowSums],
+    center: Option<f64>,
 }
 
 impl<T: Real> Gae<'_, T> {
     /// Fills `advantages` and `returns`, one element for each cell of `rows`.
     pub fn run(&self, advantages: &mut [T], returns: &mut [T], threads: usize) {
-        self.parts(advantages, returns, &mut [], threads);
+        let nothing = Wanted {
+            moments: &mut [],
+            sums: &mut [],
+            center: None,
+        };
+        self.parts(advantages, returns, nothing, threads);
     }
 
-    /// As `run`; also the moments of the scored advantages, taken row by row while they are in cache.
+    /// As `run`; also the moments of the scored advantages: in the registers of the scan, or row by row while they are in
+    /// cache. The former are sums of deviations from a scored advantage, so that no sum of squares is above the number of
+    /// cells times that of the deviations from the mean: a relative error of at most that number times 2^-52.
     pub fn run_with_moments(
         &self,
         advantages: &mut [T],
         returns: &mut [T],
         threads: usize,
     ) -> Moments {
-        let mut found = vec![Moments::NONE; self.rows.len()];
-        self.parts(advantages, returns, &mut found, threads);
-        found.into_iter().fold(Moments::NONE, Moments::merge)
+        let rows = self.rows.len();
+        let scanned = T::SCANNED && self.scan.is_some();
+        if !scanned || (self.masked == Masked::Read && self.mask.is_some()) {
+            let mut found = vec![Moments::NONE; rows];
+            let wanted = Wanted {
+                moments: &mut found,
+                sums: &mut [],
+                center: None,
+            };
+            self.parts(advantages, returns, wanted, threads);
+            return found.into_iter().fold(Moments::NONE, Moments::merge);
+        }
+        let center = self.any_scored(advantages, returns);
+        let mut found = vec![RowSums::default(); rows];
+        let wanted = Wanted {
+            moments: &mut [],
+            sums: &mut found,
+            center: Some(center),
+        };
+        self.parts(advantages, returns, wanted, threads);
+        let all = found.iter().fold(RowSums::default(), RowSums::add);
+        Moments::about(center, all.count, (all.first, all.second))
     }
 
-    /// `moments` has one element for each row, or none.
-    fn parts(
-        &self,
-        advantages: &mut [T],
-        returns: &mut [T],
-        mut moments: &mut [Moments],
-        threads: usize,
-    ) {
-        let bytes = 4 * std::mem::size_of_val(advantages);
+    /// The advantage of the last scored cell of the first row that has one, near enough to measure deviations from.
+    fn any_scored(&self, advantages: &[T], returns: &[T]) -> f64 {
+        let last = |row: usize| {
+            let cells = self.rows.range(row);
+            let mask = self.mask.map_or(&[][..], |mask| &mask[cells.clone()]);
+            let last = mask.iter().rposition(|&flag| flag != 0);
+            let last = if self.mask.is_some() {
+                last
+            } else {
+                cells.len().checked_sub(1)
+            };
+            last.map(|last| (row, cells.start + last))
+        };
+        let Some((row, cell)) = (0..self.rows.len()).find_map(last) else {
+            return 0.0;
+        };
+        let read = |input: &Input<'_, T>| match input {
+            Input::Separate(given) => given[cell].widen(),
+            Input::Advantages => advantages[cell].widen(),
+            Input::Returns => returns[cell].widen(),
+        };
+        let ends = self
+            .terminated
+            .is_some_and(|terminated| terminated[cell] != 0);
+        let after = self
+            .bootstrap
+            .filter(|_| !ends)
+            .map_or(0.0, |values| values[row].widen());
+        let advantage = read(&self.rewards) + self.gamma * after - read(&self.values);
+        if advantage.is_finite() {
+            advantage
+        } else {
+            0.0
+        }
+    }
+
+    fn parts(&self, advantages: &mut [T], returns: &mut [T], wanted: Wanted<'_>, threads: usize) {
+        let slower = if self.scan.is_some() { 1 } else { 4 };
+        let bytes = 4 * slower * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();
         let (mut advantages, mut returns, mut start) = (advantages, returns, 0);
+        let Wanted {
+            mut moments,
+            mut sums,
+            center,
+        } = wanted;
         for rows in self.rows.groups(threads) {
             let end = self.rows.range(rows.end - 1).end;
             let (first, rest) = advantages.split_at_mut(end - start);
             let (second, remainder) = returns.split_at_mut(end - start);
-            let wanted = rows.len().min(moments.len());
-            let (found, others) = mem::take(&mut moments).split_at_mut(wanted);
+            let (found, other_moments) = take(&mut moments, rows.len());
+            let (found_sums, other_sums) = take(&mut sums, rows.len());
             parts.push(Part {
                 rows,
                 start,
                 advantages: first,
                 returns: second,
                 moments: found,
+                sums: found_sums,
             });
-            (advantages, returns, moments, start) = (rest, remainder, others, end);
+            (advantages, returns, start) = (rest, remainder, end);
+            (moments, sums) = (other_moments, other_sums);
         }
         share(parts, threads, |part| {
             // Last row first: memory is then passed in one direction, which the prefetchers follow (short rows: 3 x).
             for (index, row) in part.rows.enumerate().rev() {
                 let cells = self.rows.range(row);
                 let local = cells.start - part.start..cells.end - part.start;
-                self.row(
+                let passed = self.row(
                     row,
                     cells.start,
                     &mut part.advantages[local.clone()],
                     &mut part.returns[local.clone()],
+                    center,
                 );
+                if let (Some(found), Some(passed)) = (part.sums.get_mut(index), passed) {
+                    *found = RowSums::of(&passed);
+                }
                 if let Some(found) = part.moments.get_mut(index) {
                     let mask = self.mask.map(|mask| &mask[cells]);
                     *found = Moments::of_row(&part.advantages[local], mask);
@@ -155,7 +275,15 @@ impl<T: Real> Gae<'_, T> {
         });
     }
 
-    fn row(&self, row: usize, start: usize, advantages: &mut [T], returns: &mut [T]) {
+    /// Returns the sums of deviations from `center`, where it is given.
+    fn row(
+        &self,
+        row: usize,
+        start: usize,
+        advantages: &mut [T],
+        returns: &mut [T],
+        center: Option<f64>,
+    ) -> Option<Deviations> {
         let cells = start..start + advantages.len();
         let mask = self.mask.map(|mask| &mask[cells.clone()]);
         let mut scored = Runs::new(
@@ -168,6 +296,7 @@ impl<T: Real> Gae<'_, T> {
         let mut state = State {
             value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
             advantage: 0.0,
+            deviations: center.map(Deviations::from),
         };
         let mut end = advantages.len();
         while end > 0 {
@@ -186,12 +315,13 @@ impl<T: Real> Gae<'_, T> {
                 first.max(from)
             }..end;
             end = run.start;
-            let inside = start + run.start..start + run.end;
+            let inside = start..start + run.end;
             let run = Run {
                 rewards: part(self.rewards, inside.clone()),
                 values: part(self.values, inside),
-                advantages: &mut advantages[run.clone()],
-                returns: &mut returns[run],
+                advantages: &mut advantages[..run.end],
+                returns: &mut returns[..run.end],
+                room: run.start,
             };
             self.scored(run, is_terminated, &mut state);
         }
@@ -200,6 +330,7 @@ impl<T: Real> Gae<'_, T> {
                 (advantages[t], returns[t]) = (T::ZERO, T::ZERO);
             }
         }
+        state.deviations
     }
 
     /// Masked cells whose inputs are not read.
@@ -215,16 +346,13 @@ impl<T: Real> Gae<'_, T> {
     fn scored(&self, mut run: Run<'_, '_, T>, terminated: bool, state: &mut State) {
         let decay = self.gamma * self.lam;
         if terminated {
-            *state = State {
-                value: 0.0,
-                advantage: 0.0,
-            };
+            (state.value, state.advantage) = (0.0, 0.0);
         }
         let left = match &self.scan {
             Some(scan) if !terminated => T::scan(scan, run.reborrow(), state),
-            _ => run.advantages.len(),
+            _ => run.advantages.len() - run.room,
         };
-        for t in (0..left).rev() {
+        for t in (run.room..run.room + left).rev() {
             let read = |input: &Input<'_, T>| match input {
                 Input::Separate(given) => given[t],
                 Input::Advantages => run.advantages[t],
@@ -233,6 +361,9 @@ impl<T: Real> Gae<'_, T> {
             let (reward, value) = (read(&run.rewards).widen(), read(&run.values).widen());
             state.step(reward, value, self.gamma, decay);
             run.advantages[t] = T::narrow(state.advantage);
+            if let Some(deviations) = &mut state.deviations {
+                deviations.add(run.advantages[t].widen());
+            }
             run.returns[t] = T::narrow(state.advantage + value);
         }
     }
@@ -245,6 +376,13 @@ impl State {
     }
 }
 
+/// The first `count` elements, or as many as there are, and the others.
+fn take<'o, T>(all: &mut &'o mut [T], count: usize) -> (&'o mut [T], &'o mut [T]) {
+    let all = mem::take(all);
+    let count = count.min(all.len());
+    all.split_at_mut(count)
+}
+
 fn part<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {
     match input {
         Input::Separate(given) => Input::Separate(&given[cells]),
@@ -252,230 +390,5 @@ fn part<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {
     }
 }
 
-/// Runs of equal flags, found from the end of a row.
-struct Runs<'a> {
-    flags: Option<&'a [u8]>,
-    set: bool,
-    start: usize,
-}
-
-impl<'a> Runs<'a> {
-    /// Without flags, every cell is `otherwise`.
-    fn new(flags: Option<&'a [u8]>, otherwise: bool, cells: usize) -> Self {
-        Runs {
-            flags,
-            set: otherwise,
-            start: if flags.is_some() { cells } else { 0 },
-        }
-    }
-
-    /// Whether the cell before `end` is set, and where the run that it ends begins; `end` never grows and is above 0.
-    fn ending_at(&mut self, end: usize) -> (bool, usize) {
-        if let Some(flags) = self.flags
-            && end <= self.start
-        {
-            self.set = flags[end - 1] != 0;
-            self.start = equal_from(&flags[..end], self.set);
-        }
-        (self.set, self.start)
-    }
-}
-
-/// Where the last flags that are all `set` begin.
-fn equal_from(flags: &[u8], set: bool) -> usize {
-    const LOW: u64 = u64::MAX / 255 * 0x7f;
-    let wanted = if set { !LOW } else { 0 };
-    let (rest, eights) = flags.as_rchunks::<8>();
-    for (index, eight) in eights.iter().enumerate().rev() {
-        let word = u64::from_le_bytes(*eight);
-        // The highest bit of every byte that is not 0.
-        let found = (((word & LOW) + LOW) | word) & !LOW;
-        let equal = (found ^ wanted).leading_zeros() as usize / 8;
-        if equal < 8 {
-            return rest.len() + 8 * (index + 1) - equal;
-        }
-    }
-    let equal = rest.iter().rev().take_while(|&&flag| (flag != 0) == set);
-    rest.len() - equal.count()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn problem<'a>(rewards: &'a [f64], values: &'a [f64], rows: Rows<'a>) -> Gae<'a, f64> {
-        Gae {
-            rewards: Input::Separate(rewards),
-            values: Input::Separate(values),
-            terminated: None,
-            mask: None,
-            bootstrap: None,
-            rows,
-            gamma: 0.5,
-            lam: 0.5,
-            masked: Masked::Skip,
-            scan: None,
-        }
-    }
-
-    fn run(gae: &Gae<'_, f64>, threads: usize) -> (Vec<f64>, Vec<f64>) {
-        let (mut advantages, mut returns) = (
-            vec![f64::NAN; gae.rows.total()],
-            vec![f64::NAN; gae.rows.total()],
-        );
-        gae.run(&mut advantages, &mut returns, threads);
-        (advantages, returns)
-    }
-
-    // delta = [1 + 2 - 2, 2 + 4 - 4, 3 + 0 - 8] = [1, 2, -5]; A = [1 + .75/4, 2 - 1.25, -5]
-    const REWARDS: [f64; 3] = [1.0, 2.0, 3.0];
-    const VALUES: [f64; 3] = [2.0, 4.0, 8.0];
-    const ROW: Rows<'static> = Rows::Padded { rows: 1, width: 3 };
-
-    #[test]
-    fn by_hand() {
-        let (advantages, returns) = run(&problem(&REWARDS, &VALUES, ROW), 1);
-        assert_eq!(advantages, [1.1875, 0.75, -5.0]);
-        assert_eq!(returns, [3.1875, 4.75, 3.0]);
-    }
-
-    #[test]
-    fn bootstrap_enters_after_the_last_cell() {
-        let gae = Gae {
-            bootstrap: Some(&[4.0]),
-            ..problem(&REWARDS, &VALUES, ROW)
-        };
-        assert_eq!(run(&gae, 1).0, [1.3125, 1.25, -3.0]);
-    }
-
-    #[test]
-    fn termination_hides_what_follows() {
-        let rewards = [1.0, 2.0, f64::NAN];
-        let gae = Gae {
-            terminated: Some(&[0, 1, 0]),
-            ..problem(&rewards, &VALUES, ROW)
-        };
-        let (advantages, _) = run(&gae, 1);
-        assert_eq!(advantages[..2], [0.5, -2.0]);
-        assert!(advantages[2].is_nan());
-    }
-
-    #[test]
-    fn masked_cells() {
-        let mask = [1, 0, 1];
-        let with = |masked| {
-            run(
-                &Gae {
-                    mask: Some(&mask),
-                    masked,
-                    ..problem(&REWARDS, &VALUES, ROW)
-                },
-                1,
-            )
-            .0
-        };
-        // skip: A_0 = 1 + .5 * 8 - 2 + .25 * -5
-        assert_eq!(with(Masked::Skip), [1.75, 0.0, -5.0]);
-        // zero: A_1 = 0 + .5 * 8 - 0 - 1.25 = 2.75, A_0 = 1 + 0 - 2 + .25 * 2.75
-        assert_eq!(with(Masked::Zero), [-0.3125, 0.0, -5.0]);
-        assert_eq!(with(Masked::Read), [1.1875, 0.0, -5.0]);
-    }
-
-    #[test]
-    fn in_place_is_the_same() {
-        let expected = run(&problem(&REWARDS, &VALUES, ROW), 1);
-        for swapped in [false, true] {
-            let (mut first, mut second) = (REWARDS.to_vec(), VALUES.to_vec());
-            let mut gae = problem(&REWARDS, &VALUES, ROW);
-            (gae.rewards, gae.values) = (Input::Advantages, Input::Returns);
-            if swapped {
-                (gae.rewards, gae.values) = (Input::Returns, Input::Advantages);
-                (first, second) = (second, first);
-            }
-            gae.run(&mut first, &mut second, 1);
-            assert_eq!((first, second), expected);
-        }
-    }
-
-    #[test]
-    fn runs_of_flags() {
-        for length in 0..40 {
-            for border in 0..=length {
-                for (before, after) in [(0, 1), (0, 255), (2, 0), (128, 0)] {
-                    let mut flags = vec![before; border];
-                    flags.resize(length, after);
-                    let expected = if border == length && length > 0 {
-                        0
-                    } else {
-                        border
-                    };
-                    let set = flags.last().is_some_and(|&flag| flag != 0);
-                    assert_eq!(equal_from(&flags, set), expected, "{flags:?}");
-                    assert_eq!(equal_from(&flags, !set), length);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn scanned_in_vector_registers() {
-        for width in (0..70).chain([255, 1000]) {
-            let cell = |t: usize, by: f32| (t as f32 * by).sin() * 3.0;
-            let rewards: Vec<f32> = (0..3 * width).map(|t| cell(t, 0.9)).collect();
-            let values: Vec<f32> = (0..3 * width).map(|t| cell(t, 1.7)).collect();
-            let terms: Vec<f32> = rewards
-                .iter()
-                .zip(&values)
-                .map(|(r, v)| r.abs() + 2.0 * v.abs())
-                .collect();
-            let sizes: Vec<f32> = values.iter().map(|v| v.abs()).collect();
-            let problem = |rewards, values, scan| Gae {
-                rewards,
-                values,
-                terminated: None,
-                mask: None,
-                bootstrap: Some(&[1.0, 2.0, 3.0]),
-                rows: Rows::Padded { rows: 3, width },
-                gamma: 0.99,
-                lam: 0.95,
-                masked: Masked::Skip,
-                scan,
-            };
-            let scan = Scan::new(0.99, 0.99 * 0.95);
-            let fresh = |rewards, values, scan| {
-                let mut out = (vec![f32::NAN; 3 * width], vec![f32::NAN; 3 * width]);
-                let gae = problem(Input::Separate(rewards), Input::Separate(values), scan);
-                gae.run(&mut out.0, &mut out.1, 1);
-                out
-            };
-            let fast = fresh(&rewards, &values, scan);
-            let exact = fresh(&rewards, &values, None);
-            let (bound, _) = fresh(&terms, &sizes, None);
-            for ((fast, exact), bound) in fast.0.iter().zip(&exact.0).zip(&bound) {
-                assert!((fast - exact).abs() <= bound * (2f32.powi(-20) + 2f32.powi(-23)));
-            }
-            for swapped in [false, true] {
-                let mut pair = [rewards.clone(), values.clone()];
-                let mut inputs = [Input::Advantages, Input::Returns];
-                if swapped {
-                    pair.reverse();
-                    inputs.reverse();
-                }
-                let [mut first, mut second] = pair;
-                problem(inputs[0], inputs[1], scan).run(&mut first, &mut second, 1);
-                assert_eq!((&first, &second), (&fast.0, &fast.1));
-            }
-        }
-    }
-
-    #[test]
-    fn threads_change_nothing() {
-        let cells = 1 << 18;
-        let rewards: Vec<f64> = (0..cells).map(|cell| (cell as f64).sin()).collect();
-        let values: Vec<f64> = (0..cells).map(|cell| (cell as f64 * 0.7).cos()).collect();
-        let offsets: Vec<i64> = (0..=1024).map(|row: i64| row * row / 4).collect();
-        assert_eq!(offsets[1024] as usize, cells);
-        let gae = problem(&rewards, &values, Rows::Packed(&offsets));
-        assert_eq!(run(&gae, 1), run(&gae, 3));
-    }
-}
+mod tests;

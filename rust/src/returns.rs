@@ -20,7 +20,7 @@ pub struct Discounted<'a, T> {
 impl<T: Real> Discounted<'_, T> {
     /// Fills `returns`, one element for each cell of `rows`.
     pub fn run(&self, returns: &mut [T], threads: usize) {
-        let threads = worthwhile_threads(2 * std::mem::size_of_val(returns), threads);
+        let threads = worthwhile_threads(8 * std::mem::size_of_val(returns), threads);
         share(self.rows.split(returns, threads), threads, |part| {
             for (row, cells) in part.into_iter().rev() {
                 self.row(row, self.rows.range(row).start, cells);

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::thread;
 
-/// Starting a thread pays above about this much memory for each.
-const BYTES_PER_THREAD: usize = 1 << 20;
+/// Starting a thread, and moving its part of the memory to another core, pays above about this much memory for each.
+const BYTES_PER_THREAD: usize = 6 << 20;
 /// The least number of cells in a task, so that handing tasks out costs nothing beside them.
 const CELLS_PER_TASK: usize = 1 << 15;
 
@@ -129,7 +129,7 @@ pub fn name_rows(rows: &[usize]) -> String {
     }
 }
 
-/// How many of the `allowed` threads `bytes` of memory traffic are worth.
+/// How many of the `allowed` threads `bytes` of memory traffic are worth; for slower work, what a copy would move meanwhile.
 pub fn worthwhile_threads(bytes: usize, allowed: usize) -> usize {
     (bytes / BYTES_PER_THREAD).clamp(1, allowed.max(1))
 }

@@ -120,6 +120,41 @@ def test_eight_forked_workers_for_a_thousand_batches():
     )
 
 
+def test_spawned_dataloader_workers_do_not_hang(tmp_path):
+    """Spawned workers import the script anew; they use threads, as does the parent."""
+    script = tmp_path / "spawned.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+        import sys
+        import torch
+        from prefkern.data import collate_pairs, flatten
+
+        def collate(rows):
+            torch.set_num_threads(4)  # workers are limited to one by default
+            batch = collate_pairs(rows, pad_token_id=0)
+            flat = flatten(batch["input_ids"], batch["attention_mask"])
+            return int(batch["completion_mask"].numpy().sum()), len(flat.input_ids)
+
+        if __name__ == "__main__":
+            workers, batches, size, scale = map(int, sys.argv[1:])
+            row = {"prompt_ids": [1] * scale, "chosen_ids": [2] * 6 * scale, "rejected_ids": [3] * 7 * scale}
+            torch.set_num_threads(4)
+            expected = collate([row] * size)
+            assert expected == (size * 13 * scale, size * 15 * scale)
+            options = {"num_workers": workers, "multiprocessing_context": "spawn", "collate_fn": collate}
+            found = list(torch.utils.data.DataLoader([row] * size * batches, size, **options))
+            assert found == [expected] * batches
+            print("done")
+        """
+        )
+    )
+    # 0.4 million cells in a batch, 12 MB to write: threads are used
+    command = [sys.executable, str(script), "2", "3", "24", "1000"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, "done"), result.stderr
+
+
 def test_what_is_loaded_when():
     """The compiled module at the first call, pyarrow with the first Arrow object; without the former, what to do."""
     message = run(

@@ -76,9 +76,16 @@ def finite_stats(
 
 
 def standardise(
-    cells: Grid, stats: MaskedStats, x: Array, out: Array, flags: Array | None, *, shift: float = 0.0
+    cells: Grid,
+    stats: MaskedStats,
+    x: Array,
+    out: Array,
+    flags: Array | None,
+    *,
+    shift: float = 0.0,
+    exact: bool = True,
 ) -> None:
-    """Fills ``out``, which may be ``x``, with the numbers at mean ``shift`` and variance 1."""
+    """Fills ``out``, which may be ``x``: mean ``shift`` and variance 1, rounded once if ``exact``."""
     core().standardise(
         f"prefkern.{cells.where}",
         x,
@@ -87,6 +94,7 @@ def standardise(
         scale=1 / math.sqrt(stats.variance + VARIANCE_EPSILON),
         shift=shift,
         mask=flags,
+        exact=exact,
         threads=threads(),
     )
 

@@ -42,7 +42,8 @@ def flatten(input_ids: Any, mask: Any = None) -> Flat:
     if mask is None and not is_column(input_ids):
         _check.fail(WHERE, f"mask must be given with padded input_ids, got {describe(input_ids)} without mask")
     if mask is None:
-        return _from_rows(input_ids)
+        rows = ids(WHERE, "input_ids", input_ids)
+        return _flat(rows.values, None, rows.offsets)
     if is_arrow(input_ids):
         _check.fail(WHERE, "mask is for padded input_ids; the rows of an Arrow list array have lengths of their own")
     tokens = _padded("input_ids", torch.as_tensor(input_ids) if is_column(input_ids) else input_ids)
@@ -54,9 +55,10 @@ def flatten(input_ids: Any, mask: Any = None) -> Flat:
     if kept.shape != tokens.shape:
         _check.fail(WHERE, f"input_ids and mask must have the same shape, got {tokens.shape} and {kept.shape}")
     kept = packed(kept.view(np.uint8) if kept.dtype == np.bool_ else kept.astype(np.int64, copy=False))
-    counts = np.empty(len(kept), dtype=np.int64)
-    core().kept_lengths(kept, counts)
-    return _flat("input_ids", packed(tokens.astype(np.int64, copy=False)), kept, counts, tokens.shape[1])
+    bounds = np.zeros(len(kept) + 1, dtype=np.int64)
+    core().kept_lengths(kept, bounds[1:])
+    np.cumsum(bounds, out=bounds)
+    return _flat(packed(tokens.astype(np.int64, copy=False)), kept, bounds)
 
 
 def unflatten(x: Any, flat: Flat, *, fill: float = 0) -> Any:
@@ -83,22 +85,13 @@ def _padded(name: str, value: Any) -> Array:
     return array
 
 
-def _from_rows(column: Any) -> Flat:
-    rows = ids(WHERE, "input_ids", column)
-    counts = np.diff(rows.offsets)
-    values = rows.values.astype(np.int64, copy=False)
-    return _flat("input_ids", values, None, counts, int(counts.max(initial=0)))
-
-
-def _flat(name: str, tokens: Array, mask: Array | None, counts: Array, width: int) -> Flat:
-    bounds = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=bounds[1:])
+def _flat(tokens: Array, mask: Array | None, bounds: Array) -> Flat:
     total = int(bounds[-1])
     if total >= 2**31:
         _check.fail(WHERE, f"a batch must hold less than 2^31 tokens, whose boundaries are int32, got {total}")
     outputs = fresh(3, (total,))
-    core().flatten_tokens(name, tokens, mask, bounds, width, *outputs, threads=threads())
+    longest = core().flatten_tokens("input_ids", tokens, mask, bounds, *outputs, threads=threads())
     input_ids, position_ids, indices = (torch.from_numpy(output) for output in outputs)
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    longest = int(counts.max(initial=0))
-    return Flat(input_ids, position_ids, cu_seqlens, longest, indices, (len(counts), width))
+    width = longest if mask is None else tokens.shape[1]
+    return Flat(input_ids, position_ids, cu_seqlens, longest, indices, (len(bounds) - 1, width))

@@ -34,7 +34,8 @@ def balance(lengths: Any, k: int, *, equal_size: bool = False) -> list[Indices]:
     k = whole(where, "k", k, low=1)
     part_of = np.empty(len(items), dtype=np.int64)
     core().balance_lengths(items, k, equal_size, part_of)
-    order = np.argsort(part_of, kind="stable")
+    # numpy sorts 16 bits by their digits, wider integers by comparing
+    order = np.argsort(part_of.astype(np.uint16) if k <= 1 << 16 else part_of, kind="stable")
     return np.split(order, np.cumsum(np.bincount(part_of, minlength=k))[:-1])
 
 

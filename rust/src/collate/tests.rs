@@ -176,13 +176,3 @@ fn unequal_columns_are_named() {
         "prompt_ids, chosen_ids and rejected_ids must have the same number of rows, got 2, 1 and 2"
     );
 }
-
-#[test]
-fn values_are_placed_from_their_start_on() {
-    let mut out = vec![-7; 8];
-    place(&[1, 2, 3], &[0, 2, 3], &[1, 3], (4, 0), &mut out, 1).unwrap();
-    assert_eq!(out, [0, 1, 2, 0, 0, 0, 0, 3]);
-    let message = place(&[1, 2, 3], &[0, 2, 3], &[3, 3], (4, 0), &mut out, 1).unwrap_err();
-    assert_eq!(message, "row 0 has 2 values from column 3 on, of 4 columns");
-    assert!(place(&[1, 2, 3], &[0, 2, 3], &[-1, 3], (4, 0), &mut out, 1).is_err());
-}

@@ -4,8 +4,11 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
+use super::ids::Column;
 use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
-use crate::collate::{self, Batch, Ids, Keep, Layout, Options, Sequences, Slots};
+use crate::collate::{Batch, Keep, Layout, Options, Sequences, Slots};
+use crate::ids::Ids;
+use crate::place;
 use crate::rows::Rows;
 
 /// The int64 offsets of the columns.
@@ -68,29 +71,6 @@ pub fn sequence_lengths(
     sequences
         .lengths(lengths)
         .map_err(|error| call.value_error(error))
-}
-
-/// An int32 or int64 column of token ids.
-enum Column {
-    I32(Reader<i32>),
-    I64(Reader<i64>),
-}
-
-impl Column {
-    fn read(call: &mut Call, name: &str, array: Array<'_, '_>) -> PyResult<Self> {
-        if PyUntypedBuffer::get(array).is_ok_and(|buffer| buffer.item_size() == 4) {
-            Ok(Column::I32(call.read(name, array)?))
-        } else {
-            Ok(Column::I64(call.read(name, array)?))
-        }
-    }
-
-    fn ids(&self) -> Ids<'_> {
-        match self {
-            Column::I32(reader) => Ids::I32(reader.slice()),
-            Column::I64(reader) => Ids::I64(reader.slice()),
-        }
-    }
 }
 
 /// Writes the sequences into int64 arrays of one shape: [S, L], with completions that all begin at column `pivot` where it
@@ -219,6 +199,6 @@ fn placed<T: Dtype>(
     };
     let (values, offsets, starts) = (values.slice(), offsets.slice(), starts.slice());
     let out = out.slice_mut();
-    py.detach(|| collate::place(values, offsets, starts, (width, blank), out, threads))
+    py.detach(|| place::place(values, offsets, starts, (width, blank), out, threads))
         .map_err(|error| call.value_error(error))
 }

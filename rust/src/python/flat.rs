@@ -4,6 +4,7 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
+use super::ids::Column;
 use crate::buffer::{Call, Reader, Writer, shape_text};
 use crate::flat::{self, Flat, Mask, Tokens};
 
@@ -59,10 +60,11 @@ pub fn kept_lengths(mask: Array<'_, '_>, counts: Array<'_, '_>) -> PyResult<()> 
     })
 }
 
-/// Writes the kept tokens of int64 `ids`, [B, T] with `mask`, or [N] without, with their positions and their cells in a
-/// batch [B, `width`], into int64 arrays [N]. `bounds` [B + 1] are those of the kept tokens. `name` is that of the ids.
+/// Writes the kept tokens of int32 or int64 `ids`, [B, T] with `mask`, or [N] without, with their positions and their
+/// cells in a batch [B, T] (without a mask: as wide as the longest row), into int64 arrays [N]. `bounds` [B + 1] are those
+/// of the kept tokens. `name` is that of the ids. Returns the most tokens of a row.
 #[pyfunction]
-#[pyo3(signature = (name, ids, mask, bounds, width, flat_ids, positions, indices, *, threads=1))]
+#[pyo3(signature = (name, ids, mask, bounds, flat_ids, positions, indices, *, threads=1))]
 #[expect(clippy::too_many_arguments)]
 pub fn flatten_tokens(
     py: Python<'_>,
@@ -70,14 +72,13 @@ pub fn flatten_tokens(
     ids: Array<'_, '_>,
     mask: Option<Array<'_, '_>>,
     bounds: Array<'_, '_>,
-    width: usize,
     flat_ids: Array<'_, '_>,
     positions: Array<'_, '_>,
     indices: Array<'_, '_>,
     threads: usize,
-) -> PyResult<()> {
+) -> PyResult<usize> {
     let mut call = Call::new(PLACE);
-    let ids: Reader<i64> = call.read("input_ids", ids)?;
+    let ids = Column::read(&mut call, "input_ids", ids)?;
     let mask = mask.map(|mask| Flags::read(&mut call, mask)).transpose()?;
     let bounds: Reader<i64> = call.read("bounds", bounds)?;
     let mut outputs: [Writer<i64>; 3] = [
@@ -89,37 +90,38 @@ pub fn flatten_tokens(
     if outputs.iter().any(|output| output.shape() != kept) {
         return Err(call.value_error("the outputs must have one shape"));
     }
-    let tokens = match &mask {
-        None if ids.shape() == kept => Tokens::Ragged(ids.slice()),
-        Some(mask)
-            if mask.shape() == ids.shape() && ids.shape() == [bounds.slice().len() - 1, width] =>
+    let bounds = bounds.slice();
+    let lengths = bounds.windows(2).map(|pair| pair[1].wrapping_sub(pair[0]));
+    let longest = lengths.clone().max().unwrap_or_default() as usize;
+    let (tokens, width) = match (&mask, ids.shape()) {
+        (None, shape) if shape == kept => (Tokens::Ragged(ids.ids()), longest),
+        (Some(mask), shape @ &[rows, width])
+            if mask.shape() == shape && bounds.len() == rows + 1 =>
         {
-            let mut counts = vec![0; bounds.slice().len() - 1];
-            let counted = flat::count(mask.mask(), width, &mut counts);
-            let steps = bounds.slice().windows(2).map(|pair| pair[1] - pair[0]);
-            if counted.is_err() || !steps.eq(counts) {
+            let mut counts = vec![0; rows];
+            if flat::count(mask.mask(), width, &mut counts).is_err() || !lengths.eq(counts) {
                 return Err(call.value_error("bounds must be those of the mask"));
             }
-            Tokens::Padded(ids.slice(), mask.mask())
+            (Tokens::Padded(ids.ids(), mask.mask()), width)
         }
-        _ => {
-            let (ids, kept) = (shape_text(ids.shape()), shape_text(kept));
+        (_, shape) => {
+            let (ids, kept) = (shape_text(shape), shape_text(kept));
             return Err(call.value_error(format!(
                 "input_ids must be [B, T] with a mask of its shape, or [N], got {ids} for {kept} outputs"
             )));
         }
     };
-    let bounds = bounds.slice();
     let [ids, positions, indices] = outputs.each_mut().map(Writer::slice_mut);
     let out = Flat {
         ids: &mut *ids,
         positions,
         indices: &mut *indices,
     };
-    py.detach(|| flat::flatten(tokens, width, bounds, out, threads))
+    let negative = py
+        .detach(|| flat::flatten(tokens, width, bounds, out, threads))
         .map_err(|error| call.value_error(error))?;
-    match flat::negative(ids, bounds) {
-        None => Ok(()),
+    match negative.then(|| flat::negative(ids, bounds)).flatten() {
+        None => Ok(longest),
         Some((row, at)) => Err(call.value_error(format!(
             "{name}[{row}][{}] must be a token id, got the negative number {}",
             indices[at] as usize - row * width,

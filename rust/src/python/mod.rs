@@ -4,6 +4,7 @@ pub mod collate;
 pub mod flat;
 pub mod gae;
 pub mod groups;
+mod ids;
 pub mod lists;
 pub mod moments;
 pub mod packing;

@@ -46,7 +46,7 @@ fn typed_moments<T: Dtype + Real>(
 /// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64. `out` may
 /// be `x`.
 #[pyfunction]
-#[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, threads=1))]
+#[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, exact=true, threads=1))]
 #[expect(clippy::too_many_arguments)]
 pub fn standardise(
     py: Python<'_>,
@@ -57,13 +57,14 @@ pub fn standardise(
     scale: f64,
     shift: f64,
     mask: Option<Array<'_, '_>>,
+    exact: bool,
     threads: usize,
 ) -> PyResult<()> {
     let (call, line) = (Call::new(place), [center, scale, shift]);
     if is_wide(x) {
-        typed_standardise::<f64>(py, call, [x, out], mask, line, threads)
+        typed_standardise::<f64>(py, call, [x, out], mask, (line, exact), threads)
     } else {
-        typed_standardise::<f32>(py, call, [x, out], mask, line, threads)
+        typed_standardise::<f32>(py, call, [x, out], mask, (line, exact), threads)
     }
 }
 
@@ -72,7 +73,7 @@ fn typed_standardise<T: Dtype + Real>(
     mut call: Call,
     [x, out]: [Array<'_, '_>; 2],
     mask: Option<Array<'_, '_>>,
-    line: [f64; 3],
+    (line, exact): ([f64; 3], bool),
     threads: usize,
 ) -> PyResult<()> {
     let mut out: Writer<T> = call.write("out", out)?;
@@ -84,6 +85,6 @@ fn typed_standardise<T: Dtype + Real>(
         Source::Output(_) => None,
     };
     let (mask, out) = (mask.as_ref().map(Reader::slice), out.slice_mut());
-    py.detach(|| moments::standardise(x, mask, line, out, threads));
+    py.detach(|| moments::standardise(x, mask, line, exact, out, threads));
     Ok(())
 }

@@ -78,11 +78,7 @@ def flatten_case(rows: int, scale: int) -> Prepared:
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
     def ours(given: Any) -> dict[str, Any]:
-        """Labels too, as transformers makes them."""
-        flat = flatten(given)
-        labels = flat.input_ids.clone()
-        labels[flat.cu_seqlens[:-1].long()] = -100
-        return {**flat.model_inputs(), "labels": labels[None]}
+        return flatten(given).model_inputs(labels=True)
 
     def check() -> str | None:
         want = theirs(features)

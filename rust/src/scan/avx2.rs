@@ -1,0 +1,484 @@
+//! The scan in registers of eight float32: AVX2 with FMA. The parent module says what it computes.
+
+use std::arch::x86_64::*;
+
+use super::{Deviations, Input, LANES, Run, STEP, State, Sums};
+
+const WIDTH: usize = 8;
+type Lanes = [f32; WIDTH];
+
+/// Powers of the decay, narrowed from float64.
+#[derive(Clone, Copy)]
+pub struct Coefficients {
+    gamma: f32,
+    first: f32,
+    second: f32,
+    /// For the lanes of the lower half, what follows from the first lane of the upper one.
+    across: Lanes,
+    /// For all lanes, what follows from the cell after the register, and from the one eight further.
+    near: Lanes,
+    far: Lanes,
+    powers: [f64; STEP + 1],
+}
+
+impl Coefficients {
+    pub fn new(gamma: f64, decay: f64) -> Self {
+        let power = |exponent: usize| decay.powi(exponent as i32) as f32;
+        Coefficients {
+            gamma: gamma as f32,
+            first: power(1),
+            second: power(2),
+            across: std::array::from_fn(|lane| if lane < 4 { power(4 - lane) } else { 0.0 }),
+            near: std::array::from_fn(|lane| power(WIDTH - lane)),
+            far: std::array::from_fn(|lane| power(2 * WIDTH - lane)),
+            powers: std::array::from_fn(|exponent| decay.powi(exponent as i32)),
+        }
+    }
+}
+
+struct Registers {
+    gamma: __m256,
+    first: __m256,
+    second: __m256,
+    across: __m256,
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load(cells: &Lanes) -> __m256 {
+    // SAFETY: the reference is to eight floats; the load needs no alignment.
+    unsafe { _mm256_loadu_ps(cells.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store(cells: &mut Lanes, register: __m256) {
+    // SAFETY: as in `load`, and the reference is exclusive.
+    unsafe { _mm256_storeu_ps(cells.as_mut_ptr(), register) }
+}
+
+/// Within each half, from `BYTES` further on; zeros come in.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn shifted<const BYTES: i32>(x: __m256) -> __m256 {
+    _mm256_castsi256_ps(_mm256_srli_si256::<BYTES>(_mm256_castps_si256(x)))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn first_lane(x: __m256) -> __m256 {
+    _mm256_broadcastss_ps(_mm256_castps256_ps128(x))
+}
+
+/// One cell further on; the first of `later` comes in.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn following(cells: __m256, later: __m256) -> __m256 {
+    let halves = _mm256_permute2f128_ps::<0x21>(cells, later);
+    _mm256_castsi256_ps(_mm256_alignr_epi8::<4>(
+        _mm256_castps_si256(halves),
+        _mm256_castps_si256(cells),
+    ))
+}
+
+impl Registers {
+    /// Eight cells scanned as if nothing followed them; `next` are the values after each of `values`.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn scan(&self, rewards: __m256, values: __m256, next: __m256) -> __m256 {
+        let delta = _mm256_fmadd_ps(self.gamma, next, _mm256_sub_ps(rewards, values));
+        let pairs = _mm256_fmadd_ps(self.first, shifted::<4>(delta), delta);
+        let fours = _mm256_fmadd_ps(self.second, shifted::<8>(pairs), pairs);
+        let upper = _mm256_permute2f128_ps::<0x81>(fours, fours);
+        _mm256_fmadd_ps(self.across, _mm256_shuffle_ps::<0>(upper, upper), fours)
+    }
+}
+
+/// No product is fused with its sum, so that the loop over cells gives the same.
+#[target_feature(enable = "avx2,fma")]
+pub fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) {
+    let center = _mm256_set1_pd(center);
+    let [mut first, mut second] = [[_mm256_setzero_pd(); 4]; 2];
+    for quarter in 0..4 {
+        first[quarter] = load_wide(&sums[0], quarter);
+        second[quarter] = load_wide(&sums[1], quarter);
+    }
+    let cells = cells.as_chunks::<4>().0.as_chunks::<4>().0;
+    let mask = mask.as_chunks::<4>().0.as_chunks::<4>().0;
+    for (cells, flags) in cells.iter().zip(mask) {
+        for quarter in 0..4 {
+            let [a, b, c, d] = cells[quarter];
+            let wide = _mm256_cvtps_pd(_mm_setr_ps(a, b, c, d));
+            let flags = _mm_cvtsi32_si128(i32::from_ne_bytes(flags[quarter]));
+            let masked = _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(flags), _mm256_setzero_si256());
+            let deviation =
+                _mm256_andnot_pd(_mm256_castsi256_pd(masked), _mm256_sub_pd(wide, center));
+            first[quarter] = _mm256_add_pd(first[quarter], deviation);
+            let square = _mm256_mul_pd(deviation, deviation);
+            second[quarter] = _mm256_add_pd(second[quarter], square);
+        }
+    }
+    for quarter in 0..4 {
+        store_wide(&mut sums[0], quarter, first[quarter]);
+        store_wide(&mut sums[1], quarter, second[quarter]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load_wide(lanes: &[f64; LANES], quarter: usize) -> __m256d {
+    let [a, b, c, d] = lanes.as_chunks::<4>().0[quarter];
+    _mm256_setr_pd(a, b, c, d)
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store_wide(lanes: &mut [f64; LANES], quarter: usize, register: __m256d) {
+    let four = &mut lanes.as_chunks_mut::<4>().0[quarter];
+    // SAFETY: the reference is to four numbers and exclusive; the store needs no alignment.
+    unsafe { _mm256_storeu_pd(four.as_mut_ptr(), register) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub fn compiled_here<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+/// Fewer cells than so many at the start of a run are stepped one by one.
+const LEAST: usize = 4;
+
+/// The scan of a run, last step first: sixteen cells in two registers, the lower cells first.
+struct Walk {
+    registers: Registers,
+    near: __m256,
+    far: __m256,
+    decay: f64,
+    advantage: f64,
+    carry: __m256,
+    later: __m256,
+}
+
+/// Two registers with the cells of a step.
+type Pair = [__m256; 2];
+
+impl Walk {
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn new(given: &Coefficients, state: &State) -> Self {
+        Walk {
+            registers: Registers {
+                gamma: _mm256_set1_ps(given.gamma),
+                first: _mm256_set1_ps(given.first),
+                second: _mm256_set1_ps(given.second),
+                across: load(&given.across),
+            },
+            near: load(&given.near),
+            far: load(&given.far),
+            decay: given.powers[STEP],
+            advantage: state.advantage,
+            carry: _mm256_set1_ps(state.advantage as f32),
+            later: _mm256_set1_ps(state.value as f32),
+        }
+    }
+
+    /// The values after each of these and before `later`.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn next(&self, [low, high]: Pair) -> Pair {
+        [following(low, high), following(high, self.later)]
+    }
+
+    /// The advantages of a step but for what follows it, and with it; `next` are the values after each of `values`.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn step(&self, rewards: Pair, values: Pair, next: Pair) -> [Pair; 2] {
+        let high = self.registers.scan(rewards[1], values[1], next[1]);
+        let low = self.registers.scan(rewards[0], values[0], next[0]);
+        let low = _mm256_fmadd_ps(first_lane(high), self.near, low);
+        let sums = [
+            _mm256_fmadd_ps(self.carry, self.far, low),
+            _mm256_fmadd_ps(self.carry, self.near, high),
+        ];
+        [[low, high], sums]
+    }
+
+    /// Moves on to the cells before a step.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn pass(&mut self, first_scan: __m256, first_values: __m256) {
+        self.advantage = f64::from(_mm256_cvtss_f32(first_scan)) + self.decay * self.advantage;
+        self.carry = _mm256_set1_ps(self.advantage as f32);
+        self.later = first_values;
+    }
+}
+
+/// The sums of `Deviations` in registers.
+struct Moments {
+    center: __m256d,
+    first: [__m256d; 2],
+    second: [__m256d; 2],
+}
+
+impl Moments {
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn new(given: &Deviations) -> Self {
+        let read = |lanes: &[f64; 8]| [0, 4].map(|at| wide_from(lanes, at));
+        Moments {
+            center: _mm256_set1_pd(given.center),
+            first: read(&given.first),
+            second: read(&given.second),
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn add(&mut self, cells: __m256, kept: Option<__m256i>) {
+        let halves = [
+            _mm256_castps256_ps128(cells),
+            _mm256_extractf128_ps::<1>(cells),
+        ];
+        for (half, cells) in halves.into_iter().enumerate() {
+            let mut deviation = _mm256_sub_pd(_mm256_cvtps_pd(cells), self.center);
+            if let Some(kept) = kept {
+                let kept = match half {
+                    0 => _mm256_castsi256_si128(kept),
+                    _ => _mm256_extracti128_si256::<1>(kept),
+                };
+                let kept = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(kept));
+                deviation = _mm256_and_pd(deviation, kept);
+            }
+            self.first[half] = _mm256_add_pd(self.first[half], deviation);
+            self.second[half] = _mm256_fmadd_pd(deviation, deviation, self.second[half]);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn store(&self, into: &mut Deviations, cells: usize) {
+        into.count += cells;
+        for half in 0..2 {
+            store_wide_at(&mut into.first, 4 * half, self.first[half]);
+            store_wide_at(&mut into.second, 4 * half, self.second[half]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn wide_from(lanes: &[f64; 8], at: usize) -> __m256d {
+    _mm256_setr_pd(lanes[at], lanes[at + 1], lanes[at + 2], lanes[at + 3])
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store_wide_at(lanes: &mut [f64; 8], at: usize, register: __m256d) {
+    let four = &mut lanes[at..at + 4];
+    // SAFETY: the reference is to four numbers and exclusive; the store needs no alignment.
+    unsafe { _mm256_storeu_pd(four.as_mut_ptr(), register) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load_pair(cells: &[f32; STEP]) -> Pair {
+    let halves = cells.as_chunks::<WIDTH>().0;
+    [load(&halves[0]), load(&halves[1])]
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store_pair(cells: &mut [f32; STEP], [low, high]: Pair) {
+    let halves = cells.as_chunks_mut::<WIDTH>().0;
+    store(&mut halves[0], low);
+    store(&mut halves[1], high);
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add_pairs(a: Pair, b: Pair) -> Pair {
+    [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+}
+
+/// As `Scan::run`.
+#[target_feature(enable = "avx2,fma")]
+pub fn run(given: &Coefficients, run: Run<'_, '_, f32>, state: &mut State) -> usize {
+    match state.deviations {
+        None => walk::<false>(given, run, state),
+        Some(_) => walk::<true>(given, run, state),
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn walk<const MOMENTS: bool>(
+    given: &Coefficients,
+    run: Run<'_, '_, f32>,
+    state: &mut State,
+) -> usize {
+    let cells = run.advantages.len() - run.room;
+    let (whole, left) = (cells / STEP, cells % STEP);
+    let mut walk = Walk::new(given, state);
+    let mut moments = Moments::new(&state.deviations.unwrap_or(Deviations::from(0.0)));
+    if let (Input::Separate(rewards), Input::Separate(values)) = (run.rewards, run.values) {
+        let first = rewards.len() - whole * STEP;
+        let (rewards, values) = (&rewards[first..], &values[first..]);
+        // The values after those of each step but the last.
+        let next = values.get(1..).unwrap_or_default().as_chunks::<STEP>().0;
+        let rewards = rewards.as_chunks::<STEP>().0;
+        let values = values.as_chunks::<STEP>().0;
+        let advantages = run.advantages[first..].as_chunks_mut::<STEP>().0;
+        let returns = run.returns[first..].as_chunks_mut::<STEP>().0;
+        let mut step = |at: usize, next: Option<Pair>| {
+            let read = load_pair(&values[at]);
+            let next = next.unwrap_or(walk.next(read));
+            let [scans, sums] = walk.step(load_pair(&rewards[at]), read, next);
+            walk.pass(scans[0], read[0]);
+            store_pair(&mut advantages[at], sums);
+            store_pair(&mut returns[at], add_pairs(sums, read));
+            if MOMENTS {
+                moments.add(sums[1], None);
+                moments.add(sums[0], None);
+            }
+        };
+        if whole > 0 {
+            step(whole - 1, None);
+        }
+        for at in (0..whole.saturating_sub(1)).rev() {
+            step(at, Some(load_pair(&next[at])));
+        }
+    } else {
+        let first = run.advantages.len() - whole * STEP;
+        let advantages = run.advantages[first..].as_chunks_mut::<STEP>().0;
+        let returns = run.returns[first..].as_chunks_mut::<STEP>().0;
+        for at in (0..whole).rev() {
+            let cells = |input: &Input<'_, f32>| match input {
+                Input::Separate(cells) => load_pair(&cells[first..].as_chunks().0[at]),
+                Input::Advantages => load_pair(&advantages[at]),
+                Input::Returns => load_pair(&returns[at]),
+            };
+            let (rewards, values) = (cells(&run.rewards), cells(&run.values));
+            let [scans, sums] = walk.step(rewards, values, walk.next(values));
+            walk.pass(scans[0], values[0]);
+            store_pair(&mut advantages[at], sums);
+            store_pair(&mut returns[at], add_pairs(sums, values));
+            if MOMENTS {
+                moments.add(sums[1], None);
+                moments.add(sums[0], None);
+            }
+        }
+    }
+    state.value = f64::from(_mm256_cvtss_f32(walk.later));
+    state.advantage = walk.advantage;
+    let part = if left < LEAST { 0 } else { left };
+    if part > 0 {
+        let kept = last_lanes(part);
+        partial(given, &walk, run, (part, kept), state, |sums| {
+            if MOMENTS {
+                moments.add(sums[1], Some(kept[1]));
+                moments.add(sums[0], Some(kept[0]));
+            }
+        });
+    }
+    if let Some(deviations) = &mut state.deviations {
+        moments.store(deviations, whole * STEP + part);
+    }
+    left - part
+}
+
+/// The first cells of a run, in the last lanes of a step whose other lanes are 0.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn partial(
+    given: &Coefficients,
+    walk: &Walk,
+    run: Run<'_, '_, f32>,
+    (cells, kept): (usize, [__m256i; 2]),
+    state: &mut State,
+    found: impl FnOnce(Pair),
+) {
+    let end = run.room + cells;
+    let read = |input: &Input<'_, f32>| match input {
+        Input::Separate(given) => load_last(&given[..end], kept),
+        Input::Advantages => load_last(&run.advantages[..end], kept),
+        Input::Returns => load_last(&run.returns[..end], kept),
+    };
+    let (rewards, values) = (read(&run.rewards), read(&run.values));
+    let [scans, sums] = walk.step(rewards, values, walk.next(values));
+    let (mut scanned, mut first) = ([0.0; STEP], [0.0; STEP]);
+    store_pair(&mut scanned, scans);
+    store_pair(&mut first, values);
+    state.advantage = f64::from(scanned[STEP - cells]) + given.powers[cells] * state.advantage;
+    state.value = f64::from(first[STEP - cells]);
+    let separate = matches!(
+        (run.rewards, run.values),
+        (Input::Separate(_), Input::Separate(_))
+    );
+    for (out, sums) in [
+        (run.advantages, sums),
+        (run.returns, add_pairs(sums, values)),
+    ] {
+        match out[..end].last_chunk_mut() {
+            Some(out) if separate => store_pair(out, sums),
+            _ => {
+                let mut cells_of = [0.0; STEP];
+                store_pair(&mut cells_of, sums);
+                out[run.room..end].copy_from_slice(&cells_of[STEP - cells..]);
+            }
+        }
+    }
+    found(sums);
+}
+
+/// All ones in the last `count` of sixteen lanes.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn last_lanes(count: usize) -> [__m256i; 2] {
+    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    let before = (STEP - count) as i32;
+    [before, before - WIDTH as i32]
+        .map(|before| _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(before - 1)))
+}
+
+/// The last cells in the last lanes, as many as are kept, which the cells have.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load_last(cells: &[f32], kept: [__m256i; 2]) -> Pair {
+    let end = cells.as_ptr_range().end;
+    // SAFETY: lanes that are not kept are not read, whatever lies there; the others are the last of `cells`.
+    unsafe {
+        [
+            _mm256_maskload_ps(end.wrapping_sub(2 * WIDTH), kept[0]),
+            _mm256_maskload_ps(end.wrapping_sub(WIDTH), kept[1]),
+        ]
+    }
+}
+
+/// As `super::standardise`.
+#[target_feature(enable = "avx2,fma")]
+pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) {
+    let near = center as f32;
+    let rest = ((center - f64::from(near)) * scale) as f32;
+    let scale = scale as f32;
+    let (whole, few) = cells.as_chunks_mut::<WIDTH>();
+    let (flags, few_flags) = mask.unwrap_or_default().as_chunks::<WIDTH>();
+    let line = |cells: &Lanes| {
+        let away = _mm256_sub_ps(load(cells), _mm256_set1_ps(near));
+        _mm256_fmsub_ps(away, _mm256_set1_ps(scale), _mm256_set1_ps(rest))
+    };
+    if mask.is_none() {
+        whole.iter_mut().for_each(|cells| store(cells, line(cells)));
+    }
+    for (cells, &flags) in whole.iter_mut().zip(flags) {
+        let flags = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_ne_bytes(flags)));
+        let masked = _mm256_castsi256_ps(_mm256_cmpeq_epi32(flags, _mm256_setzero_si256()));
+        store(cells, _mm256_andnot_ps(masked, line(cells)));
+    }
+    for (at, cell) in few.iter_mut().enumerate() {
+        let scored = mask.is_none() || few_flags[at] != 0;
+        *cell = if scored {
+            (*cell - near).mul_add(scale, -rest)
+        } else {
+            0.0
+        };
+    }
+}

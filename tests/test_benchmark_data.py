@@ -19,11 +19,11 @@ def nothing() -> None:
 
 
 def test_a_quick_run_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["data", "--quick", "--only", "advantages", "--json", "--output", str(tmp_path)]
+    arguments = ["data", "--quick", "--only", "GAE", "--json", "--output", str(tmp_path)]
     assert command.main(arguments) == 0
     results = json.loads((tmp_path / "bench.json").read_text())
     quick = [case for case in areas()["advantages"] if case.quick]
-    assert [case["name"] for case in results["cases"]] == [case.name for case in quick]
+    assert [case["name"] for case in results["cases"]] == [case.name for case in quick if "GAE" in case.name]
     for case in results["cases"]:
         found = {entry["name"]: entry for entry in case["contenders"]}
         floor = min(entry["seconds"]["median"] for name, entry in found.items() if name.startswith("copy"))

@@ -70,7 +70,8 @@ def test_equals_the_definition(case, gamma, masked):
 def test_are_the_returns_of_gae_with_lambda_1_whatever_the_values(case, masked, seed):
     # "zero" and "none" put the value 0, or the masked cell's own, between two scored cells; with lambda 1 it cancels.
     values = np.random.default_rng(seed).normal(size=case["rewards"].shape).astype(case["rewards"].dtype)
-    expected = gae(case["rewards"], values, **{k: v for k, v in case.items() if k != "rewards"}, lam=1, masked=masked)
+    given = {name: value for name, value in case.items() if name != "rewards"}
+    expected = gae(case["rewards"], values, **given, lam=1, masked=masked, exact=True)
     np.testing.assert_allclose(
         discounted_returns(**case, masked=masked), expected.returns, **tolerance(case["rewards"])
     )

@@ -23,6 +23,7 @@ from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
 WORDS, TOKENS = 10, 32
 EPISODES, ASKED = 12, 3
+COMMON = {"should", "could", "would", "which", "where", "there", "their", "about", "before", "while"}
 PLOTTED = (
     ("objective/scores", "reward"),
     ("objective/kl", "KL to the reference, nats per answer"),
@@ -43,18 +44,7 @@ def brevity(prompts: list[Any], responses: list[str]) -> list[float]:
 def named(question: str, text: str) -> set[str]:
     """The words of the question, from five letters on, that the text has too."""
     words = [set(re.findall(r"[a-z]{5,}", each.lower())) for each in (question, text)]
-    return (words[0] & words[1]) - {
-        "should",
-        "could",
-        "would",
-        "which",
-        "where",
-        "there",
-        "their",
-        "about",
-        "before",
-        "while",
-    }
+    return (words[0] & words[1]) - COMMON
 
 
 def main() -> None:

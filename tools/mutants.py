@@ -59,13 +59,13 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def start_tests(tree: Path, selection: str) -> int:
+def start_tests(tree: Path, selection: str, seconds: int = SECONDS) -> int:
     """Forks a process that runs the selected tests of a tree; its exit code is pytest's."""
     if pid := os.fork():
         return pid
     code = 70
     try:
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         os.chdir(tree)
         log = os.open(tree / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
@@ -97,7 +97,7 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> dict[Mutant, str |
     free = [copy_tree(folder / f"tree{i}") for i in range(workers)]
     running: dict[int, tuple[Mutant | None, str, Path]] = {}
     unbroken = copy_tree(folder / "unbroken")
-    running[start_tests(unbroken, "interpreter")] = (None, "interpreter", unbroken)
+    running[start_tests(unbroken, "interpreter", 8 * SECONDS)] = (None, "interpreter", unbroken)
     begin = time.monotonic()
     while waiting or running:
         while waiting and free:
@@ -127,16 +127,26 @@ def run(mutants: list[Mutant], folder: Path, workers: int) -> dict[Mutant, str |
     return results
 
 
-def markdown(results: dict[Mutant, str | None]) -> str:
-    total, caught = Counter(m.file for m in results), Counter(m.file for m, test in results.items() if test)
-    lines = ["| kernel file | breaks | caught |", "| --- | ---: | ---: |"]
-    lines += [f"| `{file}` | {total[file]} | {caught[file]} |" for file in total]
-    lines.append(f"| **all** | {sum(total.values())} | {sum(caught.values())} |")
-    if survivors := [mutant for mutant, test in results.items() if test is None]:
-        lines += ["", "| survivor | why |", "| --- | --- |"]
-        for m in survivors:
+def markdown(results: dict[Mutant, str | None], before: str = "") -> str:
+    """The table. Files of which nothing was run keep the rows that they have in the table ``before``."""
+    counts = {
+        file: (int(breaks), int(caught))
+        for file, breaks, caught in re.findall(r"^\| `(\S+\.py)` \| (\d+) \| (\d+) \|$", before, re.MULTILINE)
+    }
+    survivors = dict(re.findall(r"^(\| `(?:\S+\.py)`, .*)$()", before, re.MULTILINE))
+    for file in dict.fromkeys(m.file for m in results):
+        own = {m: test for m, test in results.items() if m.file == file}
+        counts[file] = (len(own), sum(test is not None for test in own.values()))
+        survivors = {line: "" for line in survivors if not line.startswith(f"| `{file}`,")}
+        for m in (m for m, test in own.items() if test is None):
             change = " to ".join(f"`{' '.join(text.split())}`" for text in (m.old, m.new))
-            lines.append(f"| `{m.file}`, `{m.function}`: {change} | {m.survives or 'unexplained'} |")
+            survivors[f"| `{m.file}`, `{m.function}`: {change} | {m.survives or 'unexplained'} |"] = ""
+    lines = ["| kernel file | breaks | caught |", "| --- | ---: | ---: |"]
+    lines += [f"| `{file}` | {breaks} | {caught} |" for file, (breaks, caught) in counts.items()]
+    totals = (sum(column) for column in zip(*counts.values(), strict=True))
+    lines.append("| **all** | " + " | ".join(map(str, totals)) + " |")
+    if survivors:
+        lines += ["", "| survivor | why |", "| --- | --- |", *survivors]
     return "\n".join(lines) + "\n"
 
 
@@ -144,7 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only breaks whose file, function or text contains this")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--markdown", type=Path, help="write the table to this file, unless --only is given")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file; with --only its rows for these files")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.function} {m.old} {m.new}"]
     if not chosen:
@@ -169,10 +179,13 @@ def main() -> int:
     print(
         f"{caught} of {len(results)} breaks caught ({caught / len(results):.1%}), {unexplained} survivors unexplained"
     )
-    if options.markdown and not options.only:
+    complete = {m.file for m in chosen}.isdisjoint(m.file for m in MUTANTS if m not in set(chosen))
+    if options.markdown and not complete:
+        print("mutants: the table is not written, since only some breaks of a file were run")
+    elif options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        ordered = {mutant: results[mutant] for mutant in chosen}
-        options.markdown.write_text(markdown(ordered))
+        before = options.markdown.read_text() if options.only and options.markdown.exists() else ""
+        options.markdown.write_text(markdown({mutant: results[mutant] for mutant in chosen}, before))
     return 0 if caught / len(results) >= REQUIRED and not unexplained else 1
 
 

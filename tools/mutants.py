@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 from mutant_table import MUTANTS, Mutant, quick_tests
@@ -154,7 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only breaks whose file, function or text contains this")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--markdown", type=Path, help="write the table to this file; with --only its rows for these files")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file; with --only, its rows")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only in f"{m.file} {m.function} {m.old} {m.new}"]
     if not chosen:

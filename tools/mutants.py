@@ -178,7 +178,8 @@ def main() -> int:
     print(
         f"{caught} of {len(results)} breaks caught ({caught / len(results):.1%}), {unexplained} survivors unexplained"
     )
-    complete = {m.file for m in chosen}.isdisjoint(m.file for m in MUTANTS if m not in set(chosen))
+    files = {mutant.file for mutant in chosen}
+    complete = all(mutant in results for mutant in MUTANTS if mutant.file in files)
     if options.markdown and not complete:
         print("mutants: the table is not written, since only some breaks of a file were run")
     elif options.markdown:

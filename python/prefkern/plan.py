@@ -211,14 +211,14 @@ def forward_bytes(head: Head, K: int, F: int) -> int:
     tile = rows * row_elements(V, wide, head.accelerator) * wide
     if head.direct and K == N:
         tile = 0
+    sliced, columns = tile_shape(N, V, wide, head.accelerator, head.scratch)
+    if columns < V:
+        merged = _MERGED_BYTES * sliced * -(-V // columns)
+        tile = sliced * columns * wide
+        return casts(head, columns, logits=True) + _operand(head, sliced) + tile + merged + 3 * wide * N
     weight = casts(head, V, logits=True)
-    if head.scratch < SCRATCH_BYTES:
-        rows, columns = tile_shape(N, V, wide, head.accelerator, head.scratch)
-        if columns < V:
-            merged = _MERGED_BYTES * rows * -(-V // columns)
-            tile = rows * columns * wide
-            return casts(head, columns, logits=True) + _operand(head, rows) + tile + merged + 3 * wide * N
-    elif head.accelerator and rows < N and head.weight_bytes != head.compute_bytes:
+    whole = head.accelerator and head.scratch >= SCRATCH_BYTES
+    if whole and rows < N and head.weight_bytes != head.compute_bytes:
         weight = V * head.H * head.compute_bytes
     logits = weight + _operand(head, rows)
     fold = head.block * 2 * head.entropy_grad
@@ -259,13 +259,12 @@ def products_beside(head: Head, N: int, columns: int) -> int:
     if head.accelerator or head.compute_bytes == head.wide:
         return 0
     H, narrow, wide = head.H, head.compute_bytes, head.wide
-    casts = cast_columns(H, columns, wide, False) * H * wide  # of the weight's gradient, where its dtype is another
+    rounded = cast_columns(H, columns, wide, False) * H * wide * (head.weight_bytes != narrow)  # of grad_weight
     if head.native:
-        own = N * H * narrow * head.grad_hidden
-        return max(own, casts * 2 * (head.grad_weight and head.weight_bytes != narrow))
+        return max(N * H * narrow * head.grad_hidden, 2 * rounded * head.grad_weight)
     deep = min(CAST_BYTES, (N + H) * columns * wide) * head.grad_hidden  # grad_hidden: slices of the vocabulary
     tall = (N * H * wide + min(CAST_BYTES, (N + H) * columns * wide)) * head.grad_weight
-    return max(deep, tall + casts * (head.weight_bytes != narrow))
+    return max(deep, tall + rounded)
 
 
 def explain(

@@ -41,8 +41,9 @@ def forward(
     scratch = empty_tile(min(rows, N), step, w.wide, operand.device)
     for start in range(0, N, rows):
         at = slice(start, min(start + rows, N))
-        own, row_stats, row_targets = logits.rows(at), stats_rows(stats, at), targets[at]
-        ignored = row_targets == own.ignore_index
+        own = logits.rows(at)._replace(ignore_index=_SKIPPED)
+        row_stats, row_targets = stats_rows(stats, at), targets[at]
+        ignored = row_targets == logits.ignore_index
         index = row_targets.clamp(0, V - 1)
         parts = _like(row_stats, -(-V // step))
         for part, first in enumerate(range(0, V, step)):
@@ -53,8 +54,7 @@ def forward(
                 low.add(at, columns, tile)
             local = (index - first).clamp(0, columns.stop - first - 1).masked_fill_(ignored, _SKIPPED)
             bias = None if own.bias is None else own.bias[columns]
-            options = {**own.options, "ignore_index": _SKIPPED}
-            tiles.tile_fwd(tile, bias, local, stats_rows(parts, part), None, **options)
+            tiles.tile_fwd(tile, bias, local, stats_rows(parts, part), None, **own.options)
         widths = torch.full((parts.logps.shape[0], 1), step, device=operand.device)
         widths[-1] = V - step * (widths.shape[0] - 1)
         merged = _merge(parts, widths, index // step, own.temperature)

@@ -1,6 +1,9 @@
 """Every kernel case runs twice: in the interpreter, and (``-m gpu``) on a CUDA device when there is one."""
 
 import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +38,21 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def columns(device: torch.device) -> int:
     """A vocabulary of at least two tiles and a ragged tail, odd, so that rows are not aligned."""
     return 301 if device.type == "cpu" else 8493
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]]]:
+    """Puts spies, which launch nothing, in the place of a module's kernels; returns the grids asked of any of them."""
+    grids: list[tuple[int, ...]] = []
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    def spy(module: ModuleType, *names: str) -> list[tuple[int, ...]]:
+        for name in names:
+            monkeypatch.setattr(module, name, Spy())
+        return grids
+
+    return spy

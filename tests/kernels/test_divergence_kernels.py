@@ -308,20 +308,13 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     assert torch.equal(out, tile_bwd(case, near.rows, 1.0, None, torch.bfloat16))
 
 
-def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
     from prefkern.kernels import divergence as kernels
     from prefkern.kernels import divergence_bwd
 
-    grids = []
-
-    class Spy:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr(kernels, "_divergence_fwd_kernel", Spy())
-    monkeypatch.setattr(divergence_bwd, "_divergence_bwd_kernel", Spy())
+    grids = spied(kernels, "_divergence_fwd_kernel")
+    spied(divergence_bwd, "_divergence_bwd_kernel")
     N = 70_000
     tile, row = torch.zeros(1, 8, device=device).expand(N, 8), torch.zeros(N, device=device)
     rows = DivergenceRows(row, row, row, row, row)

@@ -315,21 +315,13 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     assert torch.equal(out, held_bwd(near_held, case.targets, near, c, e, torch.bfloat16))
 
 
-def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
     from prefkern.kernels import fold as kernels
     from prefkern.kernels import fold_bwd
 
-    grids = []
-
-    class Spy:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr(kernels, "_tile_fwd_kernel", Spy())
-    monkeypatch.setattr(fold_bwd, "_tile_bwd_kernel", Spy())
-    monkeypatch.setattr(fold_bwd, "_held_bwd_kernel", Spy())
+    grids = spied(kernels, "_tile_fwd_kernel")
+    spied(fold_bwd, "_tile_bwd_kernel", "_held_bwd_kernel")
     N = 70_000
     tile, row = torch.zeros(1, 8, device=device).expand(N, 8), torch.zeros(N, device=device)
     stats = RowStats(row, row, row)

@@ -243,19 +243,11 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     assert torch.equal(grad, backward(*case, near, c, e, **options))
 
 
-def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
     from prefkern.kernels import rowwise
 
-    grids = []
-
-    class Spy:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    for name in ("_logprobs_fwd_kernel", "_logprobs_bwd_kernel"):
-        monkeypatch.setattr(rowwise, name, Spy())
+    grids = spied(rowwise, "_logprobs_fwd_kernel", "_logprobs_bwd_kernel")
     N = 70_000
     logits, row = torch.zeros(1, 8, device=device).expand(N, 8), torch.zeros(N, device=device)
     stats = RowStats(row, row, row)

@@ -149,18 +149,11 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     assert torch.equal(out, scale_rows(x, row, x.dtype, None, (x.flip(0), row)))
 
 
-def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
     from prefkern.kernels import scale as kernels
 
-    grids = []
-
-    class Spy:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr(kernels, "_scale_rows_kernel", Spy())
+    grids = spied(kernels, "_scale_rows_kernel")
     x = torch.zeros(1, 8, device=device).expand(70_000, 8)
     kernels.scale_rows(x, x[:, 0], x)
     assert grids == [(70_000,)]

@@ -94,7 +94,7 @@ def readme_table(results: dict[str, Any]) -> str:
     keep = [0, 1, 2, 4, 5, 8]
     rows = []
     shape = results["cases"][0]
-    for case in results["cases"]:
+    for case in (case for case in results["cases"] if case["head"] in ("trainable", "frozen")):
         title = f"{case['dtype']}, {case['head']}"
         if case["tokens"] != shape["tokens"]:
             title += f", N = {case['tokens']}, H = {case['hidden']}, V = {case['vocab']}"

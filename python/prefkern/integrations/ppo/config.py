@@ -59,7 +59,7 @@ class PPOConfig:
             none where ``kl_coef`` is 0; ``given``: `PPOTrainer.step` gets ``ref_logps``.
         gradient_checkpointing: recompute the trunk in the backward. The head keeps what it needs by itself.
         max_head_memory: bytes the head may hold from forward to backward (``max_memory`` of `linear_token_logprobs`).
-        mixed_precision: ``no``, ``bf16`` or ``fp16``; by default what accelerate was configured with.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``; by default what ``accelerate config`` or ``launch`` says.
         seed: of everything random.
 
         output_dir, save_steps, save_total_limit: a checkpoint every so many steps of `PPOTrainer.train`, the newest so

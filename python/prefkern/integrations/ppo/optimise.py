@@ -22,6 +22,7 @@ def optimise(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
     """All updates of one rollout; what they report, averaged over them."""
     args, means, updates, norms, stopped = trainer.args, Means(), 0, [], False
     trainer.model.train()
+    trainer.accelerator.sync_gradients = True  # shared in a process: off where another's accumulation was interrupted
     for epoch in range(args.num_ppo_epochs):
         # the same on all processes and in a resumed run: it depends on the seed, the step and the epoch only
         random = np.random.default_rng((args.seed, trainer.global_step, epoch))

@@ -12,6 +12,7 @@ from torch import Tensor
 from prefkern import _check
 from prefkern._check import require
 from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, stats
+from prefkern.integrations.ppo.accelerator import make_accelerator
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.controller import KLController
 from prefkern.integrations.ppo.optimise import optimise
@@ -37,7 +38,8 @@ class PPOTrainer:
         value_model: a separate value function, such as ``AutoModelForSequenceClassification`` with one label; by
             default a linear head on the policy's own trunk, which costs no pass of its own.
         optimizer: in place of AdamW, over parameters of the model.
-        accelerator: in place of ``Accelerator(mixed_precision=..., log_with=...)``.
+        accelerator: in place of ``Accelerator(mixed_precision=..., log_with=...)``; pass your own where the process
+            trains something else at the same time, as accelerate keeps one precision for all.
 
     Raises:
         TypeError, ValueError: for what cannot be used, with its name; MissingDependency: without accelerate.
@@ -73,9 +75,7 @@ class PPOTrainer:
             self.stop_token_id = tokenizer.eos_token_id
         self.pad_token_id = episodes.padding(tokenizer)
 
-        self.accelerator = accelerator or accelerate.Accelerator(
-            mixed_precision=args.mixed_precision, log_with=args.report_to, project_dir=args.output_dir
-        )
+        self.accelerator = accelerator or make_accelerator(accelerate, args)
         self.device = self.accelerator.device
         accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
         if args.gradient_checkpointing:

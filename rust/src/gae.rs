@@ -122,7 +122,7 @@ impl<T: Real> Gae<'_, T> {
     }
 
     fn parts(&self, advantages: &mut [T], returns: &mut [T], wanted: Wanted<'_>, threads: usize) {
-        let slower = if self.scan.is_some() { 1 } else { 4 };
+        let slower = if self.scan.is_some() { 2 } else { 4 }; // than a copy of the same cells
         let bytes = 4 * slower * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();
@@ -154,15 +154,16 @@ impl<T: Real> Gae<'_, T> {
             for (index, row) in part.rows.enumerate().rev() {
                 let cells = self.rows.range(row);
                 let local = cells.start - part.start..cells.end - part.start;
-                let passed = self.row(
-                    row,
-                    cells.start,
-                    &mut part.advantages[local.clone()],
-                    &mut part.returns[local.clone()],
-                    center,
-                );
-                if let (Some(found), Some(passed)) = (part.sums.get_mut(index), passed) {
-                    *found = RowSums::of(&passed);
+                let mut state = State {
+                    value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
+                    advantage: 0.0,
+                    deviations: center.map(Deviations::from),
+                };
+                let outputs = [&mut *part.advantages, &mut *part.returns];
+                let [advantages, returns] = outputs.map(|cells| &mut cells[local.clone()]);
+                self.row(cells.clone(), advantages, returns, &mut state);
+                if let (Some(found), Some(passed)) = (part.sums.get_mut(index), &state.deviations) {
+                    *found = RowSums::of(passed);
                 }
                 if let Some(found) = part.moments.get_mut(index) {
                     let mask = self.mask.map(|mask| &mask[cells]);
@@ -172,16 +173,9 @@ impl<T: Real> Gae<'_, T> {
         });
     }
 
-    /// Returns the sums of deviations from `center`, where it is given.
-    fn row(
-        &self,
-        row: usize,
-        start: usize,
-        advantages: &mut [T],
-        returns: &mut [T],
-        center: Option<f64>,
-    ) -> Option<Deviations> {
-        let cells = start..start + advantages.len();
+    /// The last cell first, from the state after the row on.
+    fn row(&self, cells: Range<usize>, advantages: &mut [T], returns: &mut [T], state: &mut State) {
+        let start = cells.start;
         let mask = self.mask.map(|mask| &mask[cells.clone()]);
         let mut scored = Runs::new(
             mask.filter(|_| self.masked != Masked::Read),
@@ -190,16 +184,11 @@ impl<T: Real> Gae<'_, T> {
         );
         let terminated = self.terminated.map(|terminated| &terminated[cells]);
         let mut terminated = Runs::new(terminated, false, advantages.len());
-        let mut state = State {
-            value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
-            advantage: 0.0,
-            deviations: center.map(Deviations::from),
-        };
         let mut end = advantages.len();
         while end > 0 {
             let (is_scored, first) = scored.ending_at(end);
             if !is_scored {
-                self.hidden(end - first, &mut state);
+                self.hidden(end - first, state);
                 advantages[first..end].fill(T::ZERO);
                 returns[first..end].fill(T::ZERO);
                 end = first;
@@ -220,14 +209,13 @@ impl<T: Real> Gae<'_, T> {
                 returns: &mut returns[..run.end],
                 room: run.start,
             };
-            self.scored(run, is_terminated, &mut state);
+            self.scored(run, is_terminated, state);
         }
         if let (Masked::Read, Some(mask)) = (self.masked, mask) {
             for (t, _) in mask.iter().enumerate().filter(|(_, flag)| **flag == 0) {
                 (advantages[t], returns[t]) = (T::ZERO, T::ZERO);
             }
         }
-        state.deviations
     }
 
     /// Masked cells whose inputs are not read.

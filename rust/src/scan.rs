@@ -124,6 +124,33 @@ pub fn widest<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Flags that are looked at together.
+pub const BLOCK: usize = 64;
+
+/// Which of the flags are not 0: bit i for the flag at i.
+#[inline]
+pub fn bits_of(flags: &[u8; BLOCK]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::*;
+        let sixteen = |flags: &[u8; 16]| {
+            // SAFETY: every x86-64 has these instructions; the load is of sixteen bytes and needs no alignment.
+            let zeros = unsafe {
+                let flags = _mm_loadu_si128(flags.as_ptr().cast());
+                _mm_movemask_epi8(_mm_cmpeq_epi8(flags, _mm_setzero_si128()))
+            };
+            u64::from(!(zeros as u16))
+        };
+        let sixteens = flags.as_chunks().0.iter().rev();
+        sixteens.fold(0, |bits, flags| bits << 16 | sixteen(flags))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let flags = flags.iter().rev();
+        flags.fold(0, |bits, &flag| bits << 1 | u64::from(flag != 0))
+    }
+}
+
 /// Accumulators of `sums`.
 pub const LANES: usize = 16;
 pub type Sums = [[f64; LANES]; 2];

@@ -1,5 +1,6 @@
 """What collate_pairs refuses: the message names the argument, the row and the position."""
 
+import collections
 import re
 
 import numpy as np
@@ -160,3 +161,12 @@ def test_reference_logps_are_refused_by_row():
 )
 def test_options_are_refused(options, error, message):
     refused(error, message, **options)
+
+
+def test_a_row_that_makes_what_it_lacks_is_refused_and_stays_as_it_was():
+    rows = [collections.defaultdict(list, {"prompt_ids": [1], "chosen_ids": [2]}) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"rows\[0\] must have the keys .*; rejected_ids is missing from"):
+        collate_pairs(rows, pad_token_id=0)
+    assert [sorted(row) for row in rows] == [["chosen_ids", "prompt_ids"]] * 2
+    mixed = [rows[0] | {"rejected_ids": [3]}, {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [4]}]
+    assert collate_pairs(mixed, pad_token_id=0)["input_ids"].tolist() == [[1, 2], [1, 2], [1, 3], [1, 4]]

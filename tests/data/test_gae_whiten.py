@@ -70,6 +70,15 @@ def test_threads_change_nothing():
     assert found[0][1:] == pytest.approx(stats[1:], rel=1e-10)
 
 
+def test_inputs_are_not_overwritten():
+    rewards, values = REWARDS.copy(), VALUES.copy()
+    for out in [(rewards, np.empty_like(values)), (np.empty_like(rewards), values), (values, rewards)]:
+        with pytest.raises(ValueError, match="out must not be rewards or values with whiten=True"):
+            gae(rewards, values, whiten=True, out=out)
+    np.testing.assert_array_equal(rewards, REWARDS)
+    np.testing.assert_array_equal(values, VALUES)
+
+
 def test_few_numbers():
     assert gae([[5.0]], [[1.0]], whiten=True).advantages == [[0.0]]
     assert gae([[5.0, 1.0]], [[1.0, 1.0]], mask=[[0, 0]], whiten=True) == ([[0.0, 0.0]], [[0.0, 0.0]])

@@ -54,15 +54,18 @@ def is_array(value: object) -> bool:
 def view(where: str, name: str, value: Any) -> Array:
     """A numpy view of a numpy array or a torch CPU tensor, whatever its strides."""
     if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
-            _check.fail(where, f"{name} must be on the CPU, got {_check.describe(value)}; move it with .cpu()")
-        if value.layout != torch.strided:
-            _check.fail(where, f"{name} must be a dense tensor, got layout {value.layout}")
-        if value.requires_grad:
-            _check.fail(where, f"{name} must not require a gradient; pass {name}.detach()")
-        if value.dtype == torch.bfloat16:
-            _check.fail_type(where, f"{name} must not be bfloat16, which numpy lacks; convert it with .float()")
-        return value.numpy()
+        try:
+            return value.numpy()
+        except (TypeError, RuntimeError):  # one of these, which cost more to ask than to try
+            if value.device.type != "cpu":
+                _check.fail(where, f"{name} must be on the CPU, got {_check.describe(value)}; move it with .cpu()")
+            if value.layout != torch.strided:
+                _check.fail(where, f"{name} must be a dense tensor, got layout {value.layout}")
+            if value.requires_grad:
+                _check.fail(where, f"{name} must not require a gradient; pass {name}.detach()")
+            if value.dtype == torch.bfloat16:
+                _check.fail_type(where, f"{name} must not be bfloat16, which numpy lacks; convert it with .float()")
+            raise
     if isinstance(value, np.ma.MaskedArray):
         _check.fail_type(
             where, f"{name} must not be a numpy masked array, whose mask would be lost; pass a plain array"
@@ -76,6 +79,25 @@ def packed(array: Array) -> Array:
     """C-contiguous and aligned, a copy only where the array is not."""
     layout = array.flags
     return array if layout.c_contiguous and layout.aligned else np.require(array, requirements=["C", "A"])
+
+
+PAGE = 4096
+
+
+def beside(array: Array) -> Array:
+    """An unwritten array of the same shape and dtype whose memory begins at the same place of a page as that of
+    ``array``. Processors tell loads from earlier stores by that place first: where an output lies a little before an
+    input in their pages, every load of a backward pass waits for the store before it."""
+    if array.nbytes < PAGE:
+        return np.empty(array.shape, array.dtype)
+    memory = np.empty(array.nbytes + PAGE, np.uint8)
+    start = (_address(array) - _address(memory)) % PAGE
+    return memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def flatten(where: str, name: str, rows: Any, total: int, *, integers: bool, nested: bool) -> Array:

@@ -3,8 +3,6 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import numpy as np
-
 from prefkern import _check
 from prefkern.data._arrays import Array, core, threads, view
 from prefkern.data._grid import Grid, grid
@@ -87,8 +85,6 @@ def gae(
     targets = (rows.fresh(), rows.fresh()) if out is None else _outputs(out, rows.cells)
     if group is not None and not whiten:
         _check.fail(WHERE, "group is for whiten=True: nothing else is taken over ranks")
-    if whiten and out is not None and any(np.may_share_memory(a, b) for a in targets for b in (rows.cells, second)):
-        _check.fail(WHERE, "out must not be rewards or values with whiten=True: refused numbers would be lost")
     scored = rows.flags("mask", mask)
     found = core().gae(
         rows.cells,

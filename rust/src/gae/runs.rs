@@ -1,19 +1,27 @@
 //! Flags of a row as runs, last first.
 
+use crate::scan::{BLOCK, bits_of};
+
 /// Runs of equal flags, found from the end of a row.
 pub struct Runs<'a> {
     flags: Option<&'a [u8]>,
     set: bool,
     start: usize,
+    /// Where the flags in `bits` begin, the first of them lowest.
+    block: usize,
+    bits: u64,
 }
 
 impl<'a> Runs<'a> {
     /// Without flags, every cell is `otherwise`.
     pub fn new(flags: Option<&'a [u8]>, otherwise: bool, cells: usize) -> Self {
+        let start = if flags.is_some() { cells } else { 0 };
         Runs {
             flags,
             set: otherwise,
-            start: if flags.is_some() { cells } else { 0 },
+            start,
+            block: start,
+            bits: 0,
         }
     }
 
@@ -23,28 +31,38 @@ impl<'a> Runs<'a> {
             && end <= self.start
         {
             self.set = flags[end - 1] != 0;
-            self.start = equal_from(&flags[..end], self.set);
+            self.start = end;
+            self.pass(flags);
         }
         (self.set, self.start)
     }
-}
 
-/// Where the last flags that are all `set` begin.
-fn equal_from(flags: &[u8], set: bool) -> usize {
-    const LOW: u64 = u64::MAX / 255 * 0x7f;
-    let wanted = if set { !LOW } else { 0 };
-    let (rest, eights) = flags.as_rchunks::<8>();
-    for (index, eight) in eights.iter().enumerate().rev() {
-        let word = u64::from_le_bytes(*eight);
-        // The highest bit of every byte that is not 0.
-        let found = (((word & LOW) + LOW) | word) & !LOW;
-        let equal = (found ^ wanted).leading_zeros() as usize / 8;
-        if equal < 8 {
-            return rest.len() + 8 * (index + 1) - equal;
+    /// Moves `start` to where its run begins.
+    fn pass(&mut self, flags: &[u8]) {
+        while self.start > 0 {
+            if self.start <= self.block {
+                self.block = self.start.saturating_sub(BLOCK);
+                self.bits = bits(&flags[self.block..self.start]);
+            }
+            let bits = if self.set { !self.bits } else { self.bits };
+            let differs = bits << (BLOCK - (self.start - self.block));
+            if differs != 0 {
+                self.start -= differs.leading_zeros() as usize;
+                return;
+            }
+            self.start = self.block; // a branch: the next block's place must not wait for this one's flags
         }
     }
-    let equal = rest.iter().rev().take_while(|&&flag| (flag != 0) == set);
-    rest.len() - equal.count()
+}
+
+/// At most a block of flags as bits, the first lowest.
+fn bits(flags: &[u8]) -> u64 {
+    if let Some(block) = flags.first_chunk() {
+        return bits_of(block);
+    }
+    let mut block = [0; BLOCK];
+    block[..flags.len()].copy_from_slice(flags);
+    bits_of(&block)
 }
 
 #[cfg(test)]
@@ -52,22 +70,58 @@ mod tests {
     use super::*;
 
     #[test]
+    fn flags_as_bits() {
+        for length in 0..=BLOCK {
+            for set in 0..length {
+                for flag in [1, 2, 128, 255] {
+                    let mut flags = vec![0; length];
+                    flags[set] = flag;
+                    assert_eq!(bits(&flags), 1 << set);
+                    flags.fill(flag);
+                    flags[set] = 0;
+                    let all = u64::MAX >> (BLOCK - length);
+                    assert_eq!(bits(&flags), all & !(1 << set));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn runs_of_flags() {
-        for length in 0..40 {
+        for length in 1..150 {
             for border in 0..=length {
                 for (before, after) in [(0, 1), (0, 255), (2, 0), (128, 0)] {
                     let mut flags = vec![before; border];
                     flags.resize(length, after);
-                    let expected = if border == length && length > 0 {
-                        0
-                    } else {
-                        border
-                    };
-                    let set = flags.last().is_some_and(|&flag| flag != 0);
-                    assert_eq!(equal_from(&flags, set), expected, "{flags:?}");
-                    assert_eq!(equal_from(&flags, !set), length);
+                    let mut runs = Runs::new(Some(&flags), true, length);
+                    let mut found = Vec::new();
+                    let mut end = length;
+                    while end > 0 {
+                        let (set, start) = runs.ending_at(end);
+                        found.push((set, start));
+                        assert_eq!(runs.ending_at(start + 1), (set, start));
+                        end = start;
+                    }
+                    let mut expected = Vec::new();
+                    if border < length {
+                        expected.push((after != 0, border));
+                    }
+                    if border > 0 {
+                        expected.push((before != 0, 0));
+                    }
+                    assert_eq!(found, expected, "{flags:?}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_run_may_be_asked_for_from_within() {
+        let flags = [1, 1, 0, 0, 0, 1];
+        let mut runs = Runs::new(Some(&flags), false, 6);
+        assert_eq!(runs.ending_at(6), (true, 5));
+        assert_eq!(runs.ending_at(4), (false, 2)); // not asked about before
+        assert_eq!(runs.ending_at(1), (true, 0));
+        assert_eq!(Runs::new(None, true, 6).ending_at(6), (true, 0));
     }
 }

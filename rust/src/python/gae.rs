@@ -83,6 +83,12 @@ fn typed<T: Dtype + Real>(
     let outputs = [&advantages, &returns];
     let rewards: Source<T> = call.read_in_place("rewards", given.inputs[0], &outputs)?;
     let values: Source<T> = call.read_in_place("values", given.inputs[1], &outputs)?;
+    let apart = |source: &Source<T>| matches!(source, Source::Separate(_));
+    if given.moments && !(apart(&rewards) && apart(&values)) {
+        return Err(call.value_error(
+            "out must not be rewards or values with whiten=True: refused numbers would be lost",
+        ));
+    }
     let shape = rewards.shape(&outputs).to_vec();
     let like = ("rewards", &shape[..]);
     shapes::same_shape(&call, like, ("values", values.shape(&outputs)))?;

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Deviations, Input, Run, STEP, State};
+use super::{Input, Run, STEP, State};
 
 #[path = "moments.rs"]
 mod moments;
@@ -213,7 +213,7 @@ fn walk<const MOMENTS: bool>(
     let cells = run.advantages.len() - run.room;
     let (whole, left) = (cells / STEP, cells % STEP);
     let mut walk = Walk::new(given, state);
-    let mut moments = Moments::new(&state.deviations.unwrap_or(Deviations::from(0.0)));
+    let mut moments = Moments::new(state.deviations.as_ref());
     if let (Input::Separate(rewards), Input::Separate(values)) = (run.rewards, run.values) {
         let first = rewards.len() - whole * STEP;
         let (rewards, values) = (&rewards[first..], &values[first..]);

@@ -59,12 +59,13 @@ pub(super) struct Moments {
 impl Moments {
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    pub(super) fn new(given: &Deviations) -> Self {
+    pub(super) fn new(given: Option<&Deviations>) -> Self {
         let read = |lanes: &[f64; 8]| [0, 4].map(|at| load_four(lanes, at));
+        let zeros = [_mm256_setzero_pd(); 2];
         Moments {
-            center: _mm256_set1_pd(given.center),
-            first: read(&given.first),
-            second: read(&given.second),
+            center: _mm256_set1_pd(given.map_or(0.0, |given| given.center)),
+            first: given.map_or(zeros, |given| read(&given.first)),
+            second: given.map_or(zeros, |given| read(&given.second)),
         }
     }
 

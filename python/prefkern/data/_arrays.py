@@ -82,17 +82,19 @@ def packed(array: Array) -> Array:
 
 
 PAGE = 4096
+WORTH_PLACING = 1 << 20
 
 
 def beside(array: Array) -> Array:
     """An unwritten array of the same shape and dtype whose memory begins at the same place of a page as that of
     ``array``. Processors tell loads from earlier stores by that place first: where an output lies a little before an
-    input in their pages, every load of a backward pass waits for the store before it."""
-    if array.nbytes < PAGE:
+    input in their pages, every load of a backward pass waits for the store before it. Below 1 MiB finding the place
+    costs more than it saves."""
+    if array.nbytes < WORTH_PLACING:
         return np.empty(array.shape, array.dtype)
     memory = np.empty(array.nbytes + PAGE, np.uint8)
     start = (_address(array) - _address(memory)) % PAGE
-    return memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    return np.ndarray(array.shape, array.dtype, buffer=memory, offset=start)
 
 
 def _address(array: Array) -> int:

@@ -208,9 +208,11 @@ class Flat(NamedTuple):
         return inputs
 
     def _labels(self) -> Tensor:
-        ids, first = self.input_ids.cpu().numpy().copy(), self.cu_seqlens[:-1].cpu().numpy()
-        ids[first[first < len(ids)]] = -100  # empty rows at the end have no token
-        return torch.from_numpy(ids).to(self.input_ids.device)
+        if not self.input_ids.is_cpu:
+            return self.input_ids.masked_fill(self.position_ids == 0, -100)
+        ids, first = self.input_ids.clone(), self.cu_seqlens[:-1].numpy()
+        ids.numpy()[first[: first.searchsorted(len(ids))]] = -100  # empty rows at the end have no token
+        return ids
 
 
 class Kept(NamedTuple):

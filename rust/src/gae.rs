@@ -122,7 +122,7 @@ impl<T: Real> Gae<'_, T> {
     }
 
     fn parts(&self, advantages: &mut [T], returns: &mut [T], wanted: Wanted<'_>, threads: usize) {
-        let slower = if self.scan.is_some() { 2 } else { 4 }; // than a copy of the same cells
+        let slower = if self.scan.is_some() { 1 } else { 4 }; // about, than a copy
         let bytes = 4 * slower * std::mem::size_of_val(advantages);
         let threads = worthwhile_threads(bytes, threads);
         let mut parts = Vec::new();

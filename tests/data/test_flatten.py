@@ -13,6 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import prefkern as pk
 from prefkern.data import flatten, unflatten
+from prefkern.types import Flat
 
 tokens = st.integers(0, 2**40)
 
@@ -102,7 +103,14 @@ def test_batches_of_transformers_and_trl(rows):
 
 
 def test_labels_of_empty_rows():
-    assert flatten([[], [1, 2], [], [3, 4], []]).model_inputs(labels=True)["labels"].tolist() == [[-100, 2, -100, 4]]
+    flat = flatten([[], [1, 2], [], [3, 4], []])
+    assert flat.model_inputs(labels=True)["labels"].tolist() == [[-100, 2, -100, 4]]
+    assert flat.input_ids.tolist() == [1, 2, 3, 4]
+    # elsewhere they are made where the batch is: every row's first position, and no other, is 0
+    assert flat.input_ids.masked_fill(flat.position_ids == 0, -100).tolist() == [-100, 2, -100, 4]
+    moved = Flat(*(part.to("meta") if isinstance(part, torch.Tensor) else part for part in flat))
+    labels = moved.model_inputs(labels=True)["labels"]
+    assert (labels.device.type, labels.shape, labels.dtype) == ("meta", (1, 4), torch.int64)
 
 
 def test_no_token_influences_another_row():

@@ -123,7 +123,10 @@ def test_peak_bytes() -> None:
 
 @pytest.mark.slow
 def test_the_packaged_model_answers() -> None:
+    gguf = pytest.importorskip("gguf")
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
     loaded = model.load(None)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
     assert loaded.model.dtype == torch.float32
     assert not hasattr(loaded.model.config, "quantization_config")
     assert loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight

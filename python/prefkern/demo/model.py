@@ -1,7 +1,10 @@
 """The language model of the demo: SmolLM2-135M-Instruct from an installed package, or any other of transformers."""
 
+import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +56,30 @@ def load(name: str | None) -> Loaded:
     else:
         source, options = str(Path(name).expanduser()) if name.startswith("~") else name, {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        with _gguf_read_once() if options else contextlib.nullcontext():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise Refused(f"cannot load the model {name!r}: {_first_sentence(error)}") from error
     if tokenizer.eos_token is None:
         raise Refused(f"the tokenizer of {name!r} has no end-of-sequence token, which DPO needs")
     return Loaded(name, _plain(model) if options else model, tokenizer)
+
+
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses the file's header, with a vocabulary in it, for the tokenizer, the configuration and the
+    weights, and makes the table of names for each tensor: half of the time of loading."""
+    gguf = require("gguf", "prefkern demo", "pip install 'prefkern[demo]'")
+    names = ("GGUFReader", "get_tensor_name_map")
+    own = {name: getattr(gguf, name) for name in names}
+    try:
+        for name in names:
+            setattr(gguf, name, functools.cache(own[name]))
+        yield
+    finally:
+        for name in names:
+            setattr(gguf, name, own[name])
 
 
 def _plain(model: Any) -> Any:

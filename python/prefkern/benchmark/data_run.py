@@ -15,6 +15,8 @@ SAMPLE_S = 3e-3
 MOST_CALLS = 25
 LONG_S = 0.1
 """Calls that take longer are neither repeated nor warmed in a round."""
+PAUSE_S = 0.01
+"""Between contenders: torch's threads spin for milliseconds after an operation, and slow down whoever comes next."""
 CONTENDER_S = 4.0
 """A contender that has run for so long sits the further rounds out."""
 
@@ -81,6 +83,7 @@ def measure(case: DataCase, *, rounds: int, on_round: Callable[[int], None]) -> 
         for name, step in prepared.steps.items():
             if spent[name] > CONTENDER_S:
                 continue
+            time.sleep(PAUSE_S)
             start = time.perf_counter()
             runs[name].append(sample(step, runs[name]))
             spent[name] += time.perf_counter() - start

@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::thread;
 
-/// Starting a thread, and moving its part of the memory to another core, pays above about this much memory for each. On
-/// idle cores a third of it would do; but the threads of an OpenMP pool, torch's for one, spin for milliseconds after each
+/// Starting a thread, and moving its part of the memory to another core, pays above about this much memory for each. It
+/// is more than idle cores ask for: the threads of an OpenMP pool, torch's for one, may spin for a while after each
 /// parallel operation, and a thread that is started meanwhile waits for a core.
 const BYTES_PER_THREAD: usize = 6 << 20;
 /// The least number of cells in a task, so that handing tasks out costs nothing beside them.

@@ -14,7 +14,7 @@
 //! so that `|error| <= 2^-20 sum_k d^k (|r| + gamma |V'| + |V|)`, and one rounding more in a return.
 //!
 //! Beside `buffer` and `exact`, this file and those in `scan/` are the only ones with `unsafe` code: calls of functions that
-//! need instructions which were detected first, and loads and stores of registers.
+//! need instructions which were detected first or which every x86-64 has, and loads and stores of registers.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]

@@ -35,8 +35,13 @@ def test_torch_in_torch_out():
 
 
 def test_the_kind_is_that_of_the_rewards():
-    assert isinstance(gae(torch.from_numpy(REWARDS), VALUES).returns, torch.Tensor)
-    assert isinstance(gae(REWARDS, torch.from_numpy(VALUES)).returns, np.ndarray)
+    expected = gae(REWARDS, VALUES)
+    tensors, arrays = gae(torch.from_numpy(REWARDS), VALUES), gae(REWARDS, torch.from_numpy(VALUES))
+    assert isinstance(tensors.returns, torch.Tensor)
+    assert isinstance(arrays.returns, np.ndarray)
+    for got in (tensors, arrays):
+        np.testing.assert_array_equal(got.returns, expected.returns)
+        np.testing.assert_array_equal(got.advantages, expected.advantages)
 
 
 def test_any_strides():
@@ -76,6 +81,8 @@ def test_lists_of_arrays():
     assert all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in got.advantages)
     tensors = gae([torch.tensor([1.0, 2.0]), torch.tensor([])], [torch.tensor([0.5, 1.0]), torch.tensor([])])
     assert all(isinstance(x, torch.Tensor) for x in tensors.returns)
+    assert [len(x) for x in tensors.returns] == [2, 0]
+    assert tensors.returns[0].tolist() == pytest.approx([1 + 0.99 * 1 + 0.99 * 0.95 * (2 - 1), 2.0], rel=1e-6)
 
 
 def test_flat_lists_with_offsets():

@@ -91,7 +91,7 @@ def test_a_whole_run(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert {path.name for path in output.iterdir()} == {"curves.png", "table.md"}
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in _cells(printed)}
-    heads = 2 * 1 + 2 * steps  # three held-out pairs, scored twice; policy and reference in every step
+    heads = 2 * 2 + 2 * steps  # three held-out pairs in two batches, scored twice; policy and reference in every step
     assert table["head calls served by prefkern"] == ["0", str(heads)]
     assert float(table["loss curves, largest difference"][1]) < 1e-4
     written = (output / "table.md").read_text()

@@ -16,7 +16,7 @@ MOST_CALLS = 25
 LONG_S = 0.1
 """Calls that take longer are neither repeated nor warmed in a round."""
 PAUSE_S = 0.01
-"""Between contenders: torch's threads spin for milliseconds after an operation, and slow down whoever comes next."""
+"""Between contenders: torch's threads may spin for a while after an operation, and slow down whoever comes next."""
 CONTENDER_S = 4.0
 """A contender that has run for so long sits the further rounds out."""
 

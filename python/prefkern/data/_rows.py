@@ -1,6 +1,5 @@
 """Rows of any kind as columns: a list of dicts, a dict of columns, an Arrow table or record batch."""
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,21 +39,17 @@ def columns(where: str, rows: Any, required: Sequence[str], optional: Sequence[s
 
 
 def _from_dicts(where: str, rows: Any, required: Sequence[str], optional: Sequence[str]) -> dict[str, list[Any]]:
-    plain = {*map(type, rows)} == {dict}  # others may make what they lack
-    if not plain:
-        for index, row in enumerate(rows):
-            if not isinstance(row, Mapping):
-                _check.fail_type(where, f"rows[{index}] must be a dict, got {describe(row)}")
+    for index, row in enumerate(rows):
+        if type(row) is not dict and not isinstance(row, Mapping):
+            _check.fail_type(where, f"rows[{index}] must be a dict, got {describe(row)}")
     names = (*required, *(name for name in optional if any(name in row for row in rows)))
-    if plain:
-        with contextlib.suppress(KeyError):  # whose row is found below
-            return {name: [row[name] for row in rows] for name in names}
-    for name in names:
-        for index, row in enumerate(rows):
-            if name not in row:
-                _check.fail(
-                    where, f"rows[{index}] must have the keys {', '.join(names)}; {name} is missing from {list(row)}"
-                )
+    wanted = set(names)
+    for index, row in enumerate(rows):
+        if not wanted <= row.keys():
+            missing = next(name for name in names if name not in row)
+            _check.fail(
+                where, f"rows[{index}] must have the keys {', '.join(names)}; {missing} is missing from {list(row)}"
+            )
     return {name: [row[name] for row in rows] for name in names}
 
 

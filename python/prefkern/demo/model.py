@@ -69,7 +69,7 @@ def load(name: str | None) -> Loaded:
 @contextlib.contextmanager
 def _gguf_read_once() -> Iterator[None]:
     """transformers parses the file's header, with a vocabulary in it, for the tokenizer, the configuration and the
-    weights, and makes the table of names for each tensor: half of the time of loading."""
+    weights, and makes the table of names for each tensor: once is enough."""
     gguf = require("gguf", "prefkern demo", "pip install 'prefkern[demo]'")
     names = ("GGUFReader", "get_tensor_name_map")
     own = {name: getattr(gguf, name) for name in names}

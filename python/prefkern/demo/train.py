@@ -17,7 +17,7 @@ from prefkern.demo.measure import HeadClock
 from prefkern.demo.model import Loaded, answer
 from prefkern.integrations.trl import patch
 
-BATCH = 3
+BATCH = 2
 BETA, LEARNING_RATE = 0.1, 1e-5
 TIE = 1e-3
 """Margins below this are ties: before training the policy is the reference, and rounding must not decide."""

@@ -12,7 +12,7 @@ elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
   need "Python's venv module" "on Debian and Ubuntu: apt install python3-venv"
 fi
-command -v cargo >/dev/null || need "cargo (Rust 1.88 or newer)" "install Rust from https://rustup.rs"
+command -v cargo >/dev/null || need "cargo (Rust 1.89 or newer)" "install Rust from https://rustup.rs"
 command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
   need "a C toolchain" "on Debian and Ubuntu: apt install build-essential; on macOS: xcode-select --install"
 exit $missing

@@ -7,6 +7,8 @@
 mod gae;
 #[path = "../../rust/src/groups.rs"]
 mod groups;
+#[path = "../../rust/src/helpers.rs"]
+mod helpers;
 #[path = "../../rust/src/moments.rs"]
 mod moments;
 #[path = "../../rust/src/packing.rs"]
@@ -105,6 +107,15 @@ fn advantages<T: Real + PartialEq + std::fmt::Debug>(
     let lam = f64::from(case.lam) / 255.0;
     let masked = [Masked::Skip, Masked::Zero, Masked::Read][usize::from(case.masked % 3)];
     let threads = usize::from(case.threads % 4);
+    let size = |numbers: &[T]| -> Vec<T> {
+        let sizes = numbers.iter().map(|x| T::narrow(x.widen().abs()));
+        sizes.collect()
+    };
+    let (sizes, magnitudes) = (size(&values), size(&bootstrap));
+    let pairs = rewards.iter().zip(&values);
+    let terms: Vec<T> = pairs
+        .map(|(r, v)| T::narrow(r.widen().abs() + 2.0 * v.widen().abs()))
+        .collect();
     let problem = |rewards, values, scan| Gae::<T> {
         rewards,
         values,
@@ -129,49 +140,42 @@ fn advantages<T: Real + PartialEq + std::fmt::Debug>(
         let moments = gae.run_with_moments(&mut advantages, &mut returns, threads);
         (advantages, returns, moments)
     };
-    let scan = Scan::new(gamma, gamma * lam);
-    let (fast, fast_returns, moments) = run(scan, 1);
-    let (exact, exact_returns, _) = run(None, 1);
     let same = |a: &[T], b: &[T]| {
         a.iter()
             .zip(b)
             .all(|(a, b)| a == b || (a.widen().is_nan() && b.widen().is_nan()))
     };
-    let (again, again_returns, _) = run(scan, threads);
-    assert!(same(&fast, &again) && same(&fast_returns, &again_returns));
-    let (mut first, mut second) = (values.clone(), rewards.clone());
-    problem(Input::Returns, Input::Advantages, scan).run(&mut first, &mut second, threads);
-    assert!(same(&fast, &first) && same(&fast_returns, &second));
-    if case.with[1] {
-        assert!((0..cells).all(|cell| mask[cell] != 0 || fast[cell] == T::ZERO));
-    }
+    let used = case.with[1].then_some(&mask[..]);
+    let (exact, exact_returns, _) = run(None, 1);
+    let mut allowed = vec![T::ZERO; cells];
     if !case.with[4] {
-        let terms: Vec<T> = rewards
-            .iter()
-            .zip(&values)
-            .map(|(r, v)| T::narrow(r.widen().abs() + 2.0 * v.widen().abs()))
-            .collect();
-        let sizes: Vec<T> = values.iter().map(|v| T::narrow(v.widen().abs())).collect();
-        let (mut allowed, mut unused) = filled();
         let mut bound = problem(Input::Separate(&terms), Input::Separate(&sizes), None);
-        let magnitudes: Vec<T> = bootstrap
-            .iter()
-            .map(|v| T::narrow(v.widen().abs()))
-            .collect();
         bound.bootstrap = case.with[2].then_some(&magnitudes[..]);
-        bound.run(&mut allowed, &mut unused, 1);
-        for (cell, allowed) in allowed.iter().enumerate() {
+        bound.run(&mut allowed, &mut filled().0, 1);
+    }
+    let scans = Scan::each(gamma, gamma * lam).map(Some).chain([None]);
+    let (mut first, mut second) = (values.clone(), rewards.clone());
+    for scan in scans {
+        let (fast, fast_returns, moments) = run(scan, 1);
+        let (again, again_returns, _) = run(scan, threads);
+        assert!(same(&fast, &again) && same(&fast_returns, &again_returns));
+        (first, second) = (values.clone(), rewards.clone());
+        problem(Input::Returns, Input::Advantages, scan).run(&mut first, &mut second, threads);
+        assert!(same(&fast, &first) && same(&fast_returns, &second));
+        if case.with[1] {
+            assert!((0..cells).all(|cell| mask[cell] != 0 || fast[cell] == T::ZERO));
+        }
+        for (cell, allowed) in allowed.iter().enumerate().filter(|_| !case.with[4]) {
             let allowed = allowed.widen() * (2f64.powi(-20) + 2f64.powi(-23)) + 1e-37;
             assert!((fast[cell].widen() - exact[cell].widen()).abs() <= allowed);
             let size = exact_returns[cell].widen().abs() * 2f64.powi(-22);
             let apart = (fast_returns[cell].widen() - exact_returns[cell].widen()).abs();
             assert!(apart <= allowed + size);
         }
+        assert_eq!(Moments::of(&fast, used, threads).count, moments.count);
     }
-    let used = case.with[1].then_some(&mask[..]);
-    let found = Moments::of(&fast, used, threads);
-    assert_eq!(found.count, moments.count);
-    moments::standardise(None, used, [0.5, 2.0, 0.0], case.with[3], &mut first, threads);
+    let line = [0.5, 2.0, 0.0];
+    moments::standardise(None, used, line, case.with[3], &mut first, threads);
 
     let discounted = Discounted {
         rewards: &rewards,

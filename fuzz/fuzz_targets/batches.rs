@@ -11,6 +11,8 @@ mod batches;
 mod collate;
 #[path = "../../rust/src/flat.rs"]
 mod flat;
+#[path = "../../rust/src/helpers.rs"]
+mod helpers;
 #[path = "../../rust/src/ids.rs"]
 mod ids;
 #[path = "../../rust/src/packing.rs"]

@@ -9,8 +9,9 @@ use std::sync::Mutex;
 
 pub use batch::Batch;
 
+use crate::helpers::Helpers;
 use crate::ids::Ids;
-use crate::rows::{Rows, check_offsets, name_rows, share, worthwhile_threads};
+use crate::rows::{Rows, check_offsets, name_rows, share};
 use crate::scan::widest;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -154,17 +155,17 @@ impl<'a> Sequences<'a> {
                 ));
             }
         }
-        let threads = worthwhile_threads(32 * slots.rows.total(), threads);
+        let helpers = Helpers::for_bytes(32 * slots.rows.total(), threads);
         let mut parts = Vec::new();
         let mut start = 0;
-        for sequences in slots.rows.groups(threads) {
+        for sequences in slots.rows.groups(helpers.threads()) {
             let end = slots.rows.range(sequences.end - 1).end;
             let (part, rest) = batch.split(end - start);
             parts.push((sequences, part));
             (batch, start) = (rest, end);
         }
         let first_error: Mutex<Option<(usize, String)>> = Mutex::new(None);
-        share(parts, threads, |(sequences, mut part)| {
+        share(parts, helpers, |(sequences, mut part)| {
             for sequence in sequences {
                 let (slot, rest) = part.split(slots.rows.range(sequence).len());
                 part = rest;

@@ -4,8 +4,9 @@ use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::helpers::Helpers;
 use crate::ids::Ids;
-use crate::rows::{Rows, share, worthwhile_threads};
+use crate::rows::{Rows, share};
 use crate::scan::widest;
 
 /// The flags of a padded batch, as they are stored.
@@ -85,15 +86,15 @@ pub fn flatten(
 ) -> Result<bool, String> {
     let total = out.ids.len();
     let rows = Rows::packed("bounds", bounds, total)?;
-    let threads = worthwhile_threads(32 * total, threads);
+    let helpers = Helpers::for_bytes(32 * total, threads);
     let mut parts = Vec::new();
     let mut rest = out;
-    for group in rows.groups(threads) {
+    for group in rows.groups(helpers.threads()) {
         let cells = group.clone().map(|row| rows.range(row).len()).sum();
         parts.push((group, rest.take(cells)));
     }
     let negative = AtomicBool::new(false);
-    share(parts, threads, |(group, mut out)| {
+    share(parts, helpers, |(group, mut out)| {
         let found = group.fold(false, |found, row| {
             let out = out.take(rows.range(row).len());
             found | flatten_row(tokens, row, rows.range(row), width, out)

@@ -8,72 +8,28 @@
 //! Cell by cell, sums run in float64 and are rounded once when they are stored; `scan` is the faster form for float32. A
 //! termination selects rather than multiplies: whatever follows it, NaN included, has no effect.
 
-#[path = "gae/passed.rs"] // the fuzz target takes this file by its path
+#[path = "gae/episodes.rs"] // the fuzz target takes this file by its path
+mod episodes;
+#[path = "gae/passed.rs"]
 mod passed;
+#[path = "gae/real.rs"]
+mod real;
 #[path = "gae/runs.rs"]
 mod runs;
 
 use std::mem;
 use std::ops::Range;
 
+use episodes::Episodes;
 use passed::{RowSums, Wanted};
+pub use real::Real;
 use runs::Runs;
 
+use crate::helpers::Helpers;
 use crate::moments::Moments;
-use crate::rows::{Rows, share, worthwhile_threads};
+use crate::rows::{Rows, share};
 pub use crate::scan::Input;
-use crate::scan::{self, Deviations, Run, Scan, State, Sums};
-
-/// float32 or float64.
-pub trait Real: Copy + Send + Sync {
-    const ZERO: Self;
-    /// Whether `scan` does anything.
-    const SCANNED: bool = false;
-    fn widen(self) -> f64;
-    fn narrow(wide: f64) -> Self;
-    /// Runs the last cells in vector registers, where they can be; returns how many at the start are left.
-    fn scan(_scan: &Scan, run: Run<'_, '_, Self>, _state: &mut State) -> usize {
-        run.advantages.len() - run.room
-    }
-    /// `scan::standardise`, where there is one for this type; whether there was.
-    fn standardise(_cells: &mut [Self], _mask: Option<&[u8]>, _center: f64, _scale: f64) -> bool {
-        false
-    }
-    /// `scan::sums`, where there is one for this type; whether there was.
-    fn sums(_cells: &[Self], _mask: &[u8], _center: f64, _sums: &mut Sums) -> bool {
-        false
-    }
-}
-
-impl Real for f32 {
-    const ZERO: Self = 0.0;
-    const SCANNED: bool = true;
-    fn widen(self) -> f64 {
-        f64::from(self)
-    }
-    fn narrow(wide: f64) -> Self {
-        wide as f32
-    }
-    fn scan(scan: &Scan, run: Run<'_, '_, f32>, state: &mut State) -> usize {
-        scan.run(run, state)
-    }
-    fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) -> bool {
-        scan::standardise(cells, mask, center, scale)
-    }
-    fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
-        scan::sums(cells, mask, center, sums)
-    }
-}
-
-impl Real for f64 {
-    const ZERO: Self = 0.0;
-    fn widen(self) -> f64 {
-        self
-    }
-    fn narrow(wide: f64) -> Self {
-        wide
-    }
-}
+use crate::scan::{Deviations, Episode, Run, Scan, State};
 
 /// What the recursion does at a masked cell. The outputs there are 0 in every case.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -125,7 +81,7 @@ impl<T: Real> Gae<'_, T> {
         // Cell by cell takes about four times as long as a scan.
         let slower = if self.scan.is_some() { 1 } else { 4 };
         let bytes = 4 * slower * std::mem::size_of_val(advantages);
-        let threads = worthwhile_threads(bytes, threads);
+        let helpers = Helpers::for_bytes(bytes, threads);
         let mut parts = Vec::new();
         let (mut advantages, mut returns, mut start) = (advantages, returns, 0);
         let Wanted {
@@ -133,7 +89,7 @@ impl<T: Real> Gae<'_, T> {
             mut sums,
             center,
         } = wanted;
-        for rows in self.rows.groups(threads) {
+        for rows in self.rows.groups(helpers.threads()) {
             let end = self.rows.range(rows.end - 1).end;
             let (first, rest) = advantages.split_at_mut(end - start);
             let (second, remainder) = returns.split_at_mut(end - start);
@@ -150,28 +106,57 @@ impl<T: Real> Gae<'_, T> {
             (advantages, returns, start) = (rest, remainder, end);
             (moments, sums) = (other_moments, other_sums);
         }
-        share(parts, threads, |part| {
-            // Last row first: memory is then passed in one direction, which the prefetchers follow.
-            for (index, row) in part.rows.enumerate().rev() {
-                let cells = self.rows.range(row);
-                let local = cells.start - part.start..cells.end - part.start;
-                let mut state = State {
-                    value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
-                    advantage: 0.0,
-                    deviations: center.map(Deviations::from),
-                };
-                let outputs = [&mut *part.advantages, &mut *part.returns];
-                let [advantages, returns] = outputs.map(|cells| &mut cells[local.clone()]);
-                self.row(cells.clone(), advantages, returns, &mut state);
-                if let (Some(found), Some(passed)) = (part.sums.get_mut(index), &state.deviations) {
-                    *found = RowSums::of(passed);
+        share(parts, helpers, |part| self.part(part, center));
+    }
+
+    /// Last row first: memory is then passed in one direction, which the prefetchers follow.
+    fn part(&self, part: Part<'_, T>, center: Option<f64>) {
+        let all = part.start..part.start + part.advantages.len();
+        let place = |row| {
+            let cells = self.rows.range(row);
+            cells.start - part.start..cells.end - part.start
+        };
+        let begin = |row: usize| State {
+            value: self.bootstrap.map_or(0.0, |values| values[row].widen()),
+            advantage: 0.0,
+            deviations: center.map(Deviations::from),
+        };
+        if let Some(scan) = &self.scan
+            && (self.mask.is_none() || self.masked == Masked::Skip)
+        {
+            let cells = Run {
+                rewards: inside(self.rewards, all.clone()),
+                values: inside(self.values, all.clone()),
+                advantages: &mut *part.advantages,
+                returns: &mut *part.returns,
+                room: 0,
+            };
+            let episodes = Episodes::of(self, part.rows.clone(), part.start);
+            let sums = &mut *part.sums;
+            let passed = |episode: &Episode, found: Option<&Deviations>| {
+                if let Some(found) = found {
+                    let sums = &mut sums[episode.row - part.rows.start];
+                    *sums = sums.add(&RowSums::of(found));
                 }
-                if let Some(found) = part.moments.get_mut(index) {
-                    let mask = self.mask.map(|mask| &mask[cells]);
-                    *found = Moments::of_row(&part.advantages[local], mask);
-                }
+            };
+            let mask = self.mask.map(|mask| &mask[all]);
+            if T::scan_episodes(scan, cells, mask, center, episodes, passed) {
+                return;
             }
-        });
+        }
+        for (index, row) in part.rows.clone().enumerate().rev() {
+            let (cells, place, mut state) = (self.rows.range(row), place(row), begin(row));
+            let outputs = [&mut *part.advantages, &mut *part.returns];
+            let [advantages, returns] = outputs.map(|cells| &mut cells[place.clone()]);
+            self.row(cells.clone(), advantages, returns, &mut state);
+            if let (Some(found), Some(passed)) = (part.sums.get_mut(index), &state.deviations) {
+                *found = RowSums::of(passed);
+            }
+            if let Some(found) = part.moments.get_mut(index) {
+                let mask = self.mask.map(|mask| &mask[cells]);
+                *found = Moments::of_row(&part.advantages[place], mask);
+            }
+        }
     }
 
     /// The last cell first, from the state after the row on.
@@ -202,10 +187,10 @@ impl<T: Real> Gae<'_, T> {
                 first.max(from)
             }..end;
             end = run.start;
-            let inside = start..start + run.end;
+            let read = start..start + run.end;
             let run = Run {
-                rewards: part(self.rewards, inside.clone()),
-                values: part(self.values, inside),
+                rewards: inside(self.rewards, read.clone()),
+                values: inside(self.values, read),
                 advantages: &mut advantages[..run.end],
                 returns: &mut returns[..run.end],
                 room: run.start,
@@ -269,7 +254,7 @@ fn take<'o, T>(all: &mut &'o mut [T], count: usize) -> (&'o mut [T], &'o mut [T]
     all.split_at_mut(count)
 }
 
-fn part<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {
+fn inside<T>(input: Input<'_, T>, cells: Range<usize>) -> Input<'_, T> {
     match input {
         Input::Separate(given) => Input::Separate(&given[cells]),
         in_place => in_place,

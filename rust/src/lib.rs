@@ -10,6 +10,7 @@ mod exact;
 mod flat;
 mod gae;
 mod groups;
+mod helpers;
 mod ids;
 mod moments;
 mod packing;

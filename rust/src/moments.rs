@@ -2,7 +2,8 @@
 //! Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
 
 use crate::gae::Real;
-use crate::rows::{share, worthwhile_threads};
+use crate::helpers::Helpers;
+use crate::rows::share;
 use crate::scan::{LANES, Sums, widest};
 
 const BLOCK: usize = 1 << 12;
@@ -31,8 +32,8 @@ impl Moments {
             .zip(x.chunks(BLOCK * BLOCKS_PER_TASK))
             .zip((0..).step_by(BLOCK * BLOCKS_PER_TASK))
             .collect();
-        let threads = worthwhile_threads(size_of_val(x), threads);
-        share(parts, threads, |((found, cells), start)| {
+        let helpers = Helpers::for_bytes(size_of_val(x), threads);
+        share(parts, helpers, |((found, cells), start)| {
             let mask = mask.map(|mask| &mask[start..][..cells.len()]);
             for (found, block) in found.iter_mut().zip(Self::blocks(cells, mask)) {
                 *found = block;
@@ -130,8 +131,8 @@ fn scored(mask: &[u8]) -> usize {
     few.map(usize::from).sum()
 }
 
-/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself. In float64,
-/// rounded once, unless `exact` is false: then within `scan::standardise`'s bound.
+/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself, where that
+/// is 0 wherever `mask` is. In float64, rounded once, unless `exact` is false: then within `scan::standardise`'s bound.
 pub fn standardise<T: Real>(
     x: Option<&[T]>,
     mask: Option<&[u8]>,
@@ -141,9 +142,9 @@ pub fn standardise<T: Real>(
     threads: usize,
 ) {
     const TASK: usize = BLOCK * BLOCKS_PER_TASK;
-    let threads = worthwhile_threads(2 * size_of_val(out), threads);
+    let helpers = Helpers::for_bytes(2 * size_of_val(out), threads);
     let parts: Vec<_> = out.chunks_mut(TASK).zip((0..).step_by(TASK)).collect();
-    share(parts, threads, |(out, start)| {
+    share(parts, helpers, |(out, start)| {
         for (block, out) in out.chunks_mut(BLOCK).enumerate() {
             let inside = start + block * BLOCK..start + block * BLOCK + out.len();
             let given = mask.map(|mask| &mask[inside.clone()]);
@@ -154,7 +155,7 @@ pub fn standardise<T: Real>(
             // float32 holds neither smaller nor larger scales
             let narrow =
                 !exact && shift == 0.0 && (2f64.powi(-100)..2f64.powi(100)).contains(&scale);
-            if narrow && T::standardise(out, given, center, scale) {
+            if narrow && T::standardise(out, given, center, scale, x.is_none()) {
                 continue;
             }
             let mask = given.unwrap_or(&ALL[..out.len()]);

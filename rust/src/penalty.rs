@@ -4,7 +4,8 @@
 use std::sync::Mutex;
 
 use crate::gae::Real;
-use crate::rows::{Rows, share, worthwhile_threads};
+use crate::helpers::Helpers;
+use crate::rows::{Rows, share};
 
 /// Estimates of the KL divergence from one sample, by `x = lp_ref - lp`.
 #[derive(Clone, Copy)]
@@ -52,24 +53,28 @@ pub enum Refused {
 impl<T: Real> Rewards<'_, T> {
     /// Fills `rewards`, one element for each cell of `rows`.
     pub fn run(&self, rewards: &mut [T], threads: usize) -> Result<(), Refused> {
-        let threads = worthwhile_threads(3 * size_of_val(rewards), threads);
+        let helpers = Helpers::for_bytes(3 * size_of_val(rewards), threads);
         let wrong = Mutex::new((Vec::new(), Vec::new()));
-        share(self.rows.split(rewards, threads), threads, |part| {
-            let (mut empty, mut not_finite) = (Vec::new(), Vec::new());
-            for (row, cells) in part {
-                let (placed, finite) = self.row(row, cells);
-                if !placed {
-                    empty.push(row);
+        share(
+            self.rows.split(rewards, helpers.threads()),
+            helpers,
+            |part| {
+                let (mut empty, mut not_finite) = (Vec::new(), Vec::new());
+                for (row, cells) in part {
+                    let (placed, finite) = self.row(row, cells);
+                    if !placed {
+                        empty.push(row);
+                    }
+                    if !finite {
+                        not_finite.push(row);
+                    }
                 }
-                if !finite {
-                    not_finite.push(row);
+                if let Ok(mut wrong) = wrong.lock() {
+                    wrong.0.extend(empty);
+                    wrong.1.extend(not_finite);
                 }
-            }
-            if let Ok(mut wrong) = wrong.lock() {
-                wrong.0.extend(empty);
-                wrong.1.extend(not_finite);
-            }
-        });
+            },
+        );
         let (mut empty, mut not_finite) = wrong.into_inner().unwrap_or_default();
         empty.sort_unstable();
         not_finite.sort_unstable();

@@ -1,6 +1,7 @@
 //! Ragged rows as the rows of a padded batch.
 
-use crate::rows::{Rows, share, worthwhile_threads};
+use crate::helpers::Helpers;
+use crate::rows::{Rows, share};
 
 /// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
 /// the other cells.
@@ -28,8 +29,8 @@ pub fn place<T: Copy + Send + Sync>(
             ));
         }
     }
-    let threads = worthwhile_threads(16 * out.len(), threads);
-    share(grid.split(out, threads), threads, |part| {
+    let helpers = Helpers::for_bytes(16 * out.len(), threads);
+    share(grid.split(out, helpers.threads()), helpers, |part| {
         for (row, cells) in part {
             let values = &values[rows.range(row)];
             let begin = starts[row] as usize;

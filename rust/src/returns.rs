@@ -4,7 +4,8 @@
 //! follows it, NaN included, has no effect.
 
 use crate::gae::{Masked, Real};
-use crate::rows::{Rows, share, worthwhile_threads};
+use crate::helpers::Helpers;
+use crate::rows::{Rows, share};
 
 pub struct Discounted<'a, T> {
     pub rewards: &'a [T],
@@ -20,12 +21,16 @@ pub struct Discounted<'a, T> {
 impl<T: Real> Discounted<'_, T> {
     /// Fills `returns`, one element for each cell of `rows`.
     pub fn run(&self, returns: &mut [T], threads: usize) {
-        let threads = worthwhile_threads(8 * std::mem::size_of_val(returns), threads);
-        share(self.rows.split(returns, threads), threads, |part| {
-            for (row, cells) in part.into_iter().rev() {
-                self.row(row, self.rows.range(row).start, cells);
-            }
-        });
+        let helpers = Helpers::for_bytes(8 * std::mem::size_of_val(returns), threads);
+        share(
+            self.rows.split(returns, helpers.threads()),
+            helpers,
+            |part| {
+                for (row, cells) in part.into_iter().rev() {
+                    self.row(row, self.rows.range(row).start, cells);
+                }
+            },
+        );
     }
 
     fn row(&self, row: usize, start: usize, returns: &mut [T]) {

@@ -3,12 +3,9 @@
 use std::mem;
 use std::ops::Range;
 use std::sync::Mutex;
-use std::thread;
 
-/// Starting a thread, and moving its part of the memory to another core, pays above about this much memory for each. It
-/// is more than idle cores ask for: the threads of an OpenMP pool, torch's for one, may spin for a while after each
-/// parallel operation, and a thread that is started meanwhile waits for a core.
-const BYTES_PER_THREAD: usize = 6 << 20;
+use crate::helpers::{Helpers, together};
+
 /// The least number of cells in a task, so that handing tasks out costs nothing beside them.
 const CELLS_PER_TASK: usize = 1 << 15;
 
@@ -131,29 +128,15 @@ pub fn name_rows(rows: &[usize]) -> String {
     }
 }
 
-/// How many of the `allowed` threads `bytes` of memory traffic are worth; for slower work, what a copy would move meanwhile.
-pub fn worthwhile_threads(bytes: usize, allowed: usize) -> usize {
-    (bytes / BYTES_PER_THREAD).clamp(1, allowed.max(1))
-}
-
-/// Runs `work` on every part. Threads live only for this call, so that forked processes inherit none; the calling thread
-/// works too, so that a refused thread costs speed and nothing else.
-pub fn share<P: Send>(parts: Vec<P>, threads: usize, work: impl Fn(P) + Sync) {
-    let helpers = threads.min(parts.len()).saturating_sub(1);
+/// Runs `work` on every part, in this thread and with helpers.
+pub fn share<P: Send>(parts: Vec<P>, helpers: Helpers, work: impl Fn(P) + Sync) {
+    let helpers = helpers.at_most(parts.len().saturating_sub(1));
     let queue = Mutex::new(parts.into_iter());
     let take = || queue.lock().ok()?.next();
-    let drain = || {
+    together(helpers, &|| {
         while let Some(part) = take() {
             work(part);
         }
-    };
-    thread::scope(|scope| {
-        for _ in 0..helpers {
-            if thread::Builder::new().spawn_scoped(scope, drain).is_err() {
-                break;
-            }
-        }
-        drain();
     });
 }
 
@@ -222,18 +205,14 @@ mod tests {
     #[test]
     fn every_part_is_worked_on_once() {
         let sum = AtomicUsize::new(0);
-        share((0..1000).collect(), 4, |part| {
-            sum.fetch_add(part, Ordering::Relaxed);
-        });
+        share(
+            (0..1000).collect(),
+            Helpers::for_bytes(1 << 30, 4),
+            |part| {
+                sum.fetch_add(part, Ordering::Relaxed);
+            },
+        );
         assert_eq!(sum.into_inner(), 499_500);
-    }
-
-    #[test]
-    fn small_work_stays_on_one_thread() {
-        assert_eq!(worthwhile_threads(BYTES_PER_THREAD, 8), 1);
-        assert_eq!(worthwhile_threads(3 * BYTES_PER_THREAD, 8), 3);
-        assert_eq!(worthwhile_threads(100 * BYTES_PER_THREAD, 8), 8);
-        assert_eq!(worthwhile_threads(100 * BYTES_PER_THREAD, 0), 1);
     }
 
     #[test]

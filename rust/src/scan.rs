@@ -1,4 +1,4 @@
-//! GAE's recursion over a run of cells in vector registers: float32, AVX2 with FMA.
+//! GAE's recursion over a run of cells in vector registers: float32, AVX-512 or AVX2 with FMA.
 //!
 //! With a constant decay `d`, `A_t = delta_t + d A_{t+1}` is a linear scan. Sixteen cells are scanned at once: shifts within
 //! a register add `d`, then `d^2`, then `d^4`, then `d^8` times what follows (Kogge and Stone, 1973), and the advantage
@@ -13,13 +13,18 @@
 //!
 //! so that `|error| <= 2^-20 sum_k d^k (|r| + gamma |V'| + |V|)`, and one rounding more in a return.
 //!
-//! Beside `buffer` and `exact`, this file and those in `scan/` are the only ones with `unsafe` code: calls of functions that
-//! need instructions which were detected first or which every x86-64 has, and loads and stores of registers.
+//! Beside `buffer`, `exact` and `helpers`, this file and those in `scan/` are the only ones with `unsafe` code: calls of
+//! functions that need instructions which were detected first or which every x86-64 has, and loads and stores of registers.
 #![allow(unsafe_code)]
+
+use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 #[path = "scan/avx2.rs"] // the fuzz target takes this file by its path
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[path = "scan/avx512.rs"]
+mod avx512;
 
 /// What the recursion carries from a cell to the one before it, and the sums over the cells that it has passed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,6 +50,14 @@ impl Deviations {
             count: 0,
             first: [0.0; 8],
             second: [0.0; 8],
+        }
+    }
+
+    pub fn merge(&mut self, others: &Deviations) {
+        self.count += others.count;
+        for lane in 0..8 {
+            self.first[lane] += others.first[lane];
+            self.second[lane] += others.second[lane];
         }
     }
 
@@ -92,22 +105,45 @@ impl<'a, T> Run<'a, '_, T> {
     }
 }
 
+/// Cells of a row that are passed from the last on; the value and the advantage that follow the last, and, once they are passed,
+/// that of the first.
+#[derive(Clone, Debug)]
+pub struct Episode {
+    pub row: usize,
+    pub cells: Range<usize>,
+    pub value: f64,
+    pub advantage: f64,
+}
+
 /// Cells that are scanned at once.
 pub const STEP: usize = 16;
 
-/// The scan with its coefficients, on a processor that has the instructions.
+/// The scan with its coefficients, on a processor that has the instructions. One step's results differ between them in their
+/// last digits.
 #[derive(Clone, Copy)]
-pub struct Scan {
+pub enum Scan {
     #[cfg(target_arch = "x86_64")]
-    coefficients: avx2::Coefficients,
-    #[cfg(not(target_arch = "x86_64"))]
-    never: std::convert::Infallible,
+    Avx2(avx2::Coefficients),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Coefficients),
 }
 
 /// Whether this processor has AVX2 with FMA.
 pub fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
     let found = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
+    #[cfg(not(target_arch = "x86_64"))]
+    let found = false;
+    found
+}
+
+/// Whether this processor has AVX-512 with the instructions for bytes.
+pub fn avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let found = std::is_x86_feature_detected!("avx512f")
+        && std::is_x86_feature_detected!("avx512bw")
+        && std::is_x86_feature_detected!("popcnt")
+        && std::is_x86_feature_detected!("bmi2");
     #[cfg(not(target_arch = "x86_64"))]
     let found = false;
     found
@@ -171,36 +207,99 @@ pub fn sums(cells: &[f32], mask: &[u8], center: f64, sums: &mut Sums) -> bool {
 impl Scan {
     /// None where this processor lacks the instructions.
     pub fn new(gamma: f64, decay: f64) -> Option<Self> {
+        Self::each(gamma, decay).next()
+    }
+
+    /// Those that this processor has the instructions for, the widest first.
+    pub fn each(gamma: f64, decay: f64) -> impl Iterator<Item = Self> {
         #[cfg(target_arch = "x86_64")]
-        return available().then(|| Scan {
-            coefficients: avx2::Coefficients::new(gamma, decay),
-        });
+        return [
+            avx512().then(|| Scan::Avx512(avx512::Coefficients::new(gamma, decay))),
+            available().then(|| Scan::Avx2(avx2::Coefficients::new(gamma, decay))),
+        ]
+        .into_iter()
+        .flatten();
         #[cfg(not(target_arch = "x86_64"))]
         {
             let _ = (gamma, decay);
-            None
+            std::iter::empty()
         }
     }
 
     /// Fills the outputs, but for a few cells at the start of the run, which do not fill a step; returns their number.
     pub fn run(&self, run: Run<'_, '_, f32>, state: &mut State) -> usize {
+        match self {
+            // SAFETY: a `Scan` is made only where its instructions were detected.
+            #[cfg(target_arch = "x86_64")]
+            Scan::Avx2(given) => unsafe { avx2::run(given, run, state) },
+            #[cfg(target_arch = "x86_64")]
+            Scan::Avx512(given) => {
+                let all = std::iter::once(Episode {
+                    row: 0,
+                    cells: run.room..run.advantages.len(),
+                    value: state.value,
+                    advantage: state.advantage,
+                });
+                let center = state.deviations.as_ref().map(|given| given.center);
+                let passed = |episode: &Episode, found: Option<&Deviations>| {
+                    (state.value, state.advantage) = (episode.value, episode.advantage);
+                    if let (Some(deviations), Some(found)) = (&mut state.deviations, found) {
+                        deviations.merge(found);
+                    }
+                };
+                // SAFETY: as above.
+                unsafe { avx512::episodes(given, run, None, center, all, passed) };
+                0
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => {
+                let _ = state;
+                run.advantages.len() - run.room
+            }
+        }
+    }
+
+    /// Fills the outputs of one episode after another and hands each over, with the deviations from the center where one is
+    /// given. Cells where the mask is 0 are passed as if they were not there; their outputs are 0. False, and nothing done,
+    /// where the processor lacks the instructions.
+    pub fn episodes(
+        &self,
+        cells: Run<'_, '_, f32>,
+        mask: Option<&[u8]>,
+        center: Option<f64>,
+        episodes: impl Iterator<Item = Episode>,
+        passed: impl FnMut(&Episode, Option<&Deviations>),
+    ) -> bool {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a `Scan` is made only where the instructions were detected.
-        return unsafe { avx2::run(&self.coefficients, run, state) };
-        #[cfg(not(target_arch = "x86_64"))]
-        match (self.never, state, run) {}
+        if let Scan::Avx512(given) = self {
+            // SAFETY: a `Scan` is made only where its instructions were detected.
+            unsafe { avx512::episodes(given, cells, mask, center, episodes, passed) };
+            return true;
+        }
+        let _ = (cells, mask, center, episodes, passed);
+        false
     }
 }
 
 /// `(cells - center) * scale` where the mask is not 0, and 0 elsewhere, within `3 * 2^-24` of each result; false where this
-/// processor lacks the instructions. The mask, where given, is as long as the cells.
-pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) -> bool {
+/// processor lacks the instructions. The mask, where given, is as long as the cells. `cleared`: it is 0 elsewhere already.
+pub fn standardise(
+    cells: &mut [f32],
+    mask: Option<&[u8]>,
+    center: f64,
+    scale: f64,
+    cleared: bool,
+) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if available() {
+    if avx512() {
         // SAFETY: the instructions were detected.
-        unsafe { avx2::standardise(cells, mask, center, scale) };
+        unsafe { avx512::standardise(cells, mask, center, scale, cleared) };
+        return true;
+    } else if available() {
+        // SAFETY: the instructions were detected.
+        unsafe { avx2::standardise(cells, mask, center, scale, cleared) };
         return true;
     }
-    let _ = (cells, mask, center, scale);
+    let _ = (cells, mask, center, scale, cleared);
     false
 }

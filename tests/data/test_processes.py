@@ -5,6 +5,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,78 @@ def test_forked_dataloader_workers_do_not_hang():
             batches = list(loader)
             assert len(batches) == 4 and all(batch["sum"] == expected for batch in batches)
             assert [batch["completion_mask"].numpy().sum() for batch in batches] == [16 * 9000] * 4
+        print("done")
+        """
+        )
+        == "done"
+    )
+
+
+def test_a_fork_at_any_moment_of_a_call_leaves_a_child_that_works():
+    """While helpers start, work or linger: another thread calls all the time."""
+    assert (
+        run(
+            """
+        import os, signal, threading
+        import numpy as np
+        from prefkern import _core
+
+        rewards, values = np.random.default_rng(0).normal(size=(2, 64, 32768)).astype(np.float32)
+        options = {"gamma": 0.99, "lam": 0.95, "masked": "skip"}
+
+        def gae(threads):
+            out = np.empty_like(rewards), np.empty_like(rewards)
+            _core.gae(rewards, values, *out, **options, threads=threads)
+            return out
+
+        expected = gae(1)
+        over = threading.Event()
+
+        def work():
+            while not over.is_set():
+                gae(3)
+
+        def right():
+            return all(np.array_equal(got, wanted) for got, wanted in zip(gae(3), expected))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        for _ in range(100):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)  # ends a child that hangs
+                os._exit(0 if all(right() for _ in range(3)) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        over.set()
+        worker.join()
+        print("done")
+        """
+        )
+        == "done"
+    )
+
+
+def test_no_thread_outlives_a_call_for_long():
+    """Helpers stay for 0.2 ms."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("this system does not list threads there")
+    assert (
+        run(
+            """
+        import time
+        from pathlib import Path
+        import numpy as np
+        from prefkern import _core
+
+        def threads():
+            return len(list(Path("/proc/self/task").iterdir()))
+
+        rewards, values = np.zeros((2, 1000, 10_000), np.float32)
+        before = threads()
+        for _ in range(5):
+            _core.gae(rewards, values, rewards, values, gamma=0.9, lam=0.9, masked="skip", threads=8)
+            time.sleep(0.2)
+            assert threads() == before
         print("done")
         """
         )

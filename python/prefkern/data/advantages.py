@@ -42,10 +42,10 @@ def gae(
     unequal lengths are taken too. The result is of the kind of ``rewards``.
 
     float64 is summed cell by cell. float32 is scanned sixteen cells at a time in vector registers where the processor
-    has AVX2: each advantage is within ``2^-20`` of the sum of the absolute terms, ``sum_k (gamma lam)^k (|r| + gamma
-    |V'| + |V|)``, whatever the length of the row (the sums from one sixteen to the next run in float64), and threads,
-    other rows and padding change no digit. ``exact=True`` sums float32 cell by cell too, in float64, and rounds once:
-    the same digits on every processor, in about four times the time.
+    has AVX-512 or AVX2: each advantage is within ``2^-20`` of the sum of the absolute terms, ``sum_k (gamma lam)^k (|r|
+    + gamma |V'| + |V|)``, whatever the length of the row (the sums from one sixteen to the next run in float64), and
+    threads, other rows and padding change no digit. ``exact=True`` sums float32 cell by cell too, in float64, and
+    rounds once: the same digits on every processor, in about four times the time.
 
     ``terminated`` (bool or 0/1, shaped like ``rewards``): nothing after such a position, NaN included, has an effect on
     it. A truncation is not a termination: end the row there and give its ``bootstrap``.
@@ -120,10 +120,11 @@ def _not_finite(rows: Grid, values: Array, scored: Array | None, masked: str) ->
 def _outputs(out: Any, rewards: Array) -> tuple[Array, Array]:
     if not isinstance(out, list | tuple) or len(out) != 2:
         _check.fail_type(WHERE, f"out must be the pair (advantages, returns), got {_check.describe(out)}")
-    first, second = (view(WHERE, f"out[{index}]", array) for index, array in enumerate(out))
-    for name, array in (("out[0]", first), ("out[1]", second)):
-        if array.dtype != rewards.dtype:
-            _check.fail_type(
-                WHERE, f"rewards and {name} must have the same dtype, got {rewards.dtype} and {array.dtype}"
-            )
-    return first, second
+    return _output("out[0]", out[0], rewards), _output("out[1]", out[1], rewards)
+
+
+def _output(name: str, given: Any, rewards: Array) -> Array:
+    array = view(WHERE, name, given)
+    if array.dtype != rewards.dtype:
+        _check.fail_type(WHERE, f"rewards and {name} must have the same dtype, got {rewards.dtype} and {array.dtype}")
+    return array

@@ -25,7 +25,7 @@ impl RowSums {
         }
     }
 
-    fn add(self, other: &RowSums) -> Self {
+    pub(super) fn add(self, other: &RowSums) -> Self {
         RowSums {
             count: self.count + other.count,
             first: self.first + other.first,

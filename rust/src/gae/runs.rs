@@ -56,7 +56,7 @@ impl<'a> Runs<'a> {
 }
 
 /// At most a block of flags as bits, the first lowest.
-fn bits(flags: &[u8]) -> u64 {
+pub(super) fn bits(flags: &[u8]) -> u64 {
     if let Some(block) = flags.first_chunk() {
         return bits_of(block);
     }

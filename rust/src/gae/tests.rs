@@ -94,53 +94,120 @@ fn in_place_is_the_same() {
     }
 }
 
-#[test]
-fn scanned_in_vector_registers() {
-    for width in (0..70).chain([255, 1000]) {
-        let cell = |t: usize, by: f32| (t as f32 * by).sin() * 3.0;
-        let rewards: Vec<f32> = (0..3 * width).map(|t| cell(t, 0.9)).collect();
-        let values: Vec<f32> = (0..3 * width).map(|t| cell(t, 1.7)).collect();
-        let terms: Vec<f32> = rewards
-            .iter()
-            .zip(&values)
-            .map(|(r, v)| r.abs() + 2.0 * v.abs())
-            .collect();
-        let sizes: Vec<f32> = values.iter().map(|v| v.abs()).collect();
-        let problem = |rewards, values, scan| Gae {
-            rewards,
-            values,
-            terminated: None,
-            mask: None,
-            bootstrap: Some(&[1.0, 2.0, 3.0]),
-            rows: Rows::Padded { rows: 3, width },
+/// Numbers, flags and rows for the scans: some cells are masked, or all, or none, and what they hold must not be read.
+struct Given {
+    rewards: Vec<f32>,
+    values: Vec<f32>,
+    mask: Option<Vec<u8>>,
+    terminated: Option<Vec<u8>>,
+    width: usize,
+}
+
+const ROWS: usize = 3;
+const BOOTSTRAP: [f32; ROWS] = [1.0, 2.0, 3.0];
+
+impl Given {
+    /// `scored` of eight cells on an average, in runs of `runs`.
+    fn new(width: usize, scored: u64, runs: usize, ends: bool) -> Self {
+        let cells = ROWS * width;
+        let hash = |t: usize| (t as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let flag = |t: usize| u8::from(hash(t / runs) % 8 < scored) * (1 + t as u8 % 3);
+        let wave = |by: f32| {
+            let cell = |t: usize| match flag(t) {
+                0 => f32::NAN,
+                _ => (t as f32 * by).sin() * 3.0,
+            };
+            (0..cells).map(cell).collect()
+        };
+        Given {
+            rewards: wave(0.9),
+            values: wave(1.7),
+            mask: (scored < 8).then(|| (0..cells).map(flag).collect()),
+            terminated: ends.then(|| (0..cells).map(|t| u8::from(hash(t) % 50 == 0)).collect()),
+            width,
+        }
+    }
+
+    fn gae<'a>(&'a self, inputs: [Input<'a, f32>; 2], scan: Option<Scan>) -> Gae<'a, f32> {
+        Gae {
+            rewards: inputs[0],
+            values: inputs[1],
+            terminated: self.terminated.as_deref(),
+            mask: self.mask.as_deref(),
+            bootstrap: Some(&BOOTSTRAP),
+            rows: Rows::Padded {
+                rows: ROWS,
+                width: self.width,
+            },
             gamma: 0.99,
             lam: 0.95,
             masked: Masked::Skip,
             scan,
-        };
-        let scan = Scan::new(0.99, 0.99 * 0.95);
-        let fresh = |rewards, values, scan| {
-            let mut out = (vec![f32::NAN; 3 * width], vec![f32::NAN; 3 * width]);
-            let gae = problem(Input::Separate(rewards), Input::Separate(values), scan);
-            gae.run(&mut out.0, &mut out.1, 1);
-            out
-        };
-        let fast = fresh(&rewards, &values, scan);
-        let exact = fresh(&rewards, &values, None);
-        let (bound, _) = fresh(&terms, &sizes, None);
-        for ((fast, exact), bound) in fast.0.iter().zip(&exact.0).zip(&bound) {
-            assert!((fast - exact).abs() <= bound * (2f32.powi(-20) + 2f32.powi(-23)));
         }
-        for swapped in [false, true] {
-            let mut pair = [rewards.clone(), values.clone()];
-            let mut inputs = [Input::Advantages, Input::Returns];
-            if swapped {
-                pair.reverse();
-                inputs.reverse();
+    }
+
+    fn fresh(&self, scan: Option<Scan>) -> (Vec<f32>, Vec<f32>, Moments) {
+        let mut out = [&self.rewards, &self.values].map(|cells| vec![f32::NAN; cells.len()]);
+        let [advantages, returns] = &mut out;
+        let gae = self.gae(
+            [&self.rewards, &self.values].map(|x| Input::Separate(x)),
+            scan,
+        );
+        let moments = gae.run_with_moments(advantages, returns, 1);
+        let [advantages, returns] = out;
+        (advantages, returns, moments)
+    }
+
+    /// The sum of the absolute terms of each advantage.
+    fn terms(&self) -> Vec<f32> {
+        let pairs = self.rewards.iter().zip(&self.values);
+        let given = Given {
+            rewards: pairs.map(|(r, v)| r.abs() + 2.0 * v.abs()).collect(),
+            values: self.values.iter().map(|v| v.abs()).collect(),
+            mask: self.mask.clone(),
+            terminated: self.terminated.clone(),
+            width: self.width,
+        };
+        given.fresh(None).0
+    }
+}
+
+#[test]
+fn scanned_in_vector_registers() {
+    let widths = (0..70).chain([126, 127, 128, 129, 191, 192, 255, 256, 1000]);
+    let kinds = [(8, 1), (0, 1), (4, 1), (7, 1), (5, 20), (6, 90)];
+    let cases = widths.flat_map(|width| kinds.map(|(scored, runs)| (width, scored, runs)));
+    for ((width, scored, runs), ends) in cases.flat_map(|case| [(case, false), (case, true)]) {
+        let given = Given::new(width, scored, runs, ends);
+        let (exact, exact_returns, wanted) = given.fresh(None);
+        let bound = given.terms();
+        for scan in Scan::each(0.99, 0.99 * 0.95) {
+            let (advantages, returns, moments) = given.fresh(Some(scan));
+            for t in 0..ROWS * width {
+                let allowed = bound[t] * (2f32.powi(-20) + 2f32.powi(-23));
+                assert!((advantages[t] - exact[t]).abs() <= allowed);
+                let size = exact_returns[t].abs() * 2f32.powi(-22);
+                assert!((returns[t] - exact_returns[t]).abs() <= allowed + size);
+                let hidden = given.mask.as_ref().is_some_and(|mask| mask[t] == 0);
+                assert!(!hidden || (advantages[t], returns[t]) == (0.0, 0.0));
             }
-            let [mut first, mut second] = pair;
-            problem(inputs[0], inputs[1], scan).run(&mut first, &mut second, 1);
-            assert_eq!((&first, &second), (&fast.0, &fast.1));
+            let found = Moments::of(&advantages, given.mask.as_deref(), 1);
+            assert_eq!((moments.count, found.count), (wanted.count, wanted.count));
+            assert!((moments.mean - found.mean).abs() <= 1e-12);
+            assert!((moments.m2 - found.m2).abs() <= 1e-12 * found.m2 + 1e-20);
+            for swapped in [false, true] {
+                let mut pair = [given.rewards.clone(), given.values.clone()];
+                let mut inputs = [Input::Advantages, Input::Returns];
+                if swapped {
+                    pair.reverse();
+                    inputs.reverse();
+                }
+                let [mut first, mut second] = pair;
+                given
+                    .gae(inputs, Some(scan))
+                    .run(&mut first, &mut second, 1);
+                assert_eq!((&first, &second), (&advantages, &returns));
+            }
         }
     }
 }

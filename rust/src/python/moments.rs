@@ -43,8 +43,8 @@ fn typed_moments<T: Dtype + Real>(
     Ok(py.detach(|| Moments::of(x, mask, threads)))
 }
 
-/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64. `out` may
-/// be `x`.
+/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64. `out` may be
+/// `x`, where that is 0 wherever `mask` is.
 #[pyfunction]
 #[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, exact=true, threads=1))]
 #[expect(clippy::too_many_arguments)]

@@ -4,14 +4,14 @@ use std::arch::x86_64::*;
 
 use super::{Input, Run, STEP, State};
 
-#[path = "moments.rs"]
+#[path = "avx2/moments.rs"]
 mod moments;
+#[path = "avx2/registers.rs"]
+mod registers;
 
 use moments::Moments;
 pub use moments::{standardise, sums};
-
-const WIDTH: usize = 8;
-type Lanes = [f32; WIDTH];
+use registers::*;
 
 /// Powers of the decay, narrowed from float64.
 #[derive(Clone, Copy)]
@@ -49,44 +49,6 @@ struct Registers {
     across: __m256,
 }
 
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn load(cells: &Lanes) -> __m256 {
-    // SAFETY: the reference is to eight floats; the load needs no alignment.
-    unsafe { _mm256_loadu_ps(cells.as_ptr()) }
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn store(cells: &mut Lanes, register: __m256) {
-    // SAFETY: as in `load`, and the reference is exclusive.
-    unsafe { _mm256_storeu_ps(cells.as_mut_ptr(), register) }
-}
-
-/// Within each half, from `BYTES` further on; zeros come in.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn shifted<const BYTES: i32>(x: __m256) -> __m256 {
-    _mm256_castsi256_ps(_mm256_srli_si256::<BYTES>(_mm256_castps_si256(x)))
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn first_lane(x: __m256) -> __m256 {
-    _mm256_broadcastss_ps(_mm256_castps256_ps128(x))
-}
-
-/// One cell further on; the first of `later` comes in.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn following(cells: __m256, later: __m256) -> __m256 {
-    let halves = _mm256_permute2f128_ps::<0x21>(cells, later);
-    _mm256_castsi256_ps(_mm256_alignr_epi8::<4>(
-        _mm256_castps_si256(halves),
-        _mm256_castps_si256(cells),
-    ))
-}
-
 impl Registers {
     /// Eight cells scanned as if nothing followed them; `next` are the values after each of `values`.
     #[target_feature(enable = "avx2,fma")]
@@ -119,9 +81,6 @@ struct Walk {
     later: __m256,
 }
 
-/// Two registers with the cells of a step.
-type Pair = [__m256; 2];
-
 impl Walk {
     #[target_feature(enable = "avx2,fma")]
     #[inline]
@@ -149,18 +108,23 @@ impl Walk {
         [following(low, high), following(high, self.later)]
     }
 
-    /// The advantages of a step but for what follows it, and with it; `next` are the values after each of `values`.
+    /// The advantages of a step but for what follows it; `next` are the values after each of `values`.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn step(&self, rewards: Pair, values: Pair, next: Pair) -> [Pair; 2] {
+    fn scan(&self, rewards: Pair, values: Pair, next: Pair) -> Pair {
         let high = self.registers.scan(rewards[1], values[1], next[1]);
         let low = self.registers.scan(rewards[0], values[0], next[0]);
-        let low = _mm256_fmadd_ps(first_lane(high), self.near, low);
-        let sums = [
+        [_mm256_fmadd_ps(first_lane(high), self.near, low), high]
+    }
+
+    /// And with it.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    fn carried(&self, [low, high]: Pair) -> Pair {
+        [
             _mm256_fmadd_ps(self.carry, self.far, low),
             _mm256_fmadd_ps(self.carry, self.near, high),
-        ];
-        [[low, high], sums]
+        ]
     }
 
     /// Moves on to the cells before a step.
@@ -171,27 +135,6 @@ impl Walk {
         self.carry = _mm256_set1_ps(self.advantage as f32);
         self.later = first_values;
     }
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn load_pair(cells: &[f32; STEP]) -> Pair {
-    let halves = cells.as_chunks::<WIDTH>().0;
-    [load(&halves[0]), load(&halves[1])]
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn store_pair(cells: &mut [f32; STEP], [low, high]: Pair) {
-    let halves = cells.as_chunks_mut::<WIDTH>().0;
-    store(&mut halves[0], low);
-    store(&mut halves[1], high);
-}
-
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn add_pairs(a: Pair, b: Pair) -> Pair {
-    [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
 }
 
 /// As `Scan::run`.
@@ -223,10 +166,13 @@ fn walk<const MOMENTS: bool>(
         let values = values.as_chunks::<STEP>().0;
         let advantages = run.advantages[first..].as_chunks_mut::<STEP>().0;
         let returns = run.returns[first..].as_chunks_mut::<STEP>().0;
-        let mut step = |at: usize, next: Option<Pair>| {
+        let begin = |walk: &Walk, at: usize, next: Option<Pair>| {
             let read = load_pair(&values[at]);
             let next = next.unwrap_or(walk.next(read));
-            let [scans, sums] = walk.step(load_pair(&rewards[at]), read, next);
+            (walk.scan(load_pair(&rewards[at]), read, next), read)
+        };
+        let mut finish = |walk: &mut Walk, at: usize, (scans, read): (Pair, Pair)| {
+            let sums = walk.carried(scans);
             walk.pass(scans[0], read[0]);
             store_pair(&mut advantages[at], sums);
             store_pair(&mut returns[at], add_pairs(sums, read));
@@ -236,10 +182,13 @@ fn walk<const MOMENTS: bool>(
             }
         };
         if whole > 0 {
-            step(whole - 1, None);
-        }
-        for at in (0..whole.saturating_sub(1)).rev() {
-            step(at, Some(load_pair(&next[at])));
+            let mut begun = begin(&walk, whole - 1, None);
+            for at in (0..whole - 1).rev() {
+                let next = begin(&walk, at, Some(load_pair(&next[at])));
+                finish(&mut walk, at + 1, begun);
+                begun = next;
+            }
+            finish(&mut walk, 0, begun);
         }
     } else {
         let first = run.advantages.len() - whole * STEP;
@@ -252,7 +201,8 @@ fn walk<const MOMENTS: bool>(
                 Input::Returns => load_pair(&returns[at]),
             };
             let (rewards, values) = (cells(&run.rewards), cells(&run.values));
-            let [scans, sums] = walk.step(rewards, values, walk.next(values));
+            let scans = walk.scan(rewards, values, walk.next(values));
+            let sums = walk.carried(scans);
             walk.pass(scans[0], values[0]);
             store_pair(&mut advantages[at], sums);
             store_pair(&mut returns[at], add_pairs(sums, values));
@@ -298,7 +248,8 @@ fn partial(
         Input::Returns => load_last(&run.returns[..end], kept),
     };
     let (rewards, values) = (read(&run.rewards), read(&run.values));
-    let [scans, sums] = walk.step(rewards, values, walk.next(values));
+    let scans = walk.scan(rewards, values, walk.next(values));
+    let sums = walk.carried(scans);
     let (mut scanned, mut first) = ([0.0; STEP], [0.0; STEP]);
     store_pair(&mut scanned, scans);
     store_pair(&mut first, values);
@@ -322,28 +273,4 @@ fn partial(
         }
     }
     found(sums);
-}
-
-/// All ones in the last `count` of sixteen lanes.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn last_lanes(count: usize) -> [__m256i; 2] {
-    let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    let before = (STEP - count) as i32;
-    [before, before - WIDTH as i32]
-        .map(|before| _mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(before - 1)))
-}
-
-/// The last cells in the last lanes, as many as are kept, which the cells have.
-#[target_feature(enable = "avx2,fma")]
-#[inline]
-fn load_last(cells: &[f32], kept: [__m256i; 2]) -> Pair {
-    let end = cells.as_ptr_range().end;
-    // SAFETY: lanes that are not kept are not read, whatever lies there; the others are the last of `cells`.
-    unsafe {
-        [
-            _mm256_maskload_ps(end.wrapping_sub(2 * WIDTH), kept[0]),
-            _mm256_maskload_ps(end.wrapping_sub(WIDTH), kept[1]),
-        ]
-    }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Lanes, WIDTH, load, store};
+use super::registers::{Lanes, WIDTH, load, store};
 use crate::scan::{Deviations, Sums};
 
 #[target_feature(enable = "avx2,fma")]
@@ -104,7 +104,7 @@ impl Moments {
 
 /// As `crate::scan::standardise`.
 #[target_feature(enable = "avx2,fma")]
-pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64) {
+pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64, cleared: bool) {
     let near = center as f32;
     let rest = ((center - f64::from(near)) * scale) as f32;
     let scale = scale as f32;
@@ -118,6 +118,9 @@ pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f
         whole.iter_mut().for_each(|cells| store(cells, line(cells)));
     }
     for (cells, &flags) in whole.iter_mut().zip(flags) {
+        if cleared && flags == [0; WIDTH] {
+            continue;
+        }
         let flags = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(i64::from_ne_bytes(flags)));
         let masked = _mm256_castsi256_ps(_mm256_cmpeq_epi32(flags, _mm256_setzero_si256()));
         store(cells, _mm256_andnot_ps(masked, line(cells)));

@@ -117,6 +117,8 @@ def number(
     open_high: bool = False,
 ) -> float:
     """A finite real number in an interval, as float; a bool is not a number."""
+    if type(value) is float and low < value < high:
+        return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         fail_type(where, f"{name} must be a number, got {describe(value)}")
     real = float(value)

@@ -15,6 +15,7 @@ Array = npt.NDArray[Any]
 
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_ARRAYS = (np.ndarray, torch.Tensor)
 
 
 @functools.cache
@@ -48,7 +49,7 @@ def describe(value: object) -> str:
 
 
 def is_array(value: object) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor)
+    return isinstance(value, _ARRAYS)
 
 
 def view(where: str, name: str, value: Any) -> Array:
@@ -111,7 +112,7 @@ def flatten(where: str, name: str, rows: Any, total: int, *, integers: bool, nes
 
 def vector(where: str, name: str, value: Any, *, integers: bool) -> Array:
     """A flat list or tuple of numbers, a numpy array or a torch tensor, as a numpy array."""
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return flatten(where, name, value, len(value), integers=integers, nested=False)
     return view(where, name, value)
 

@@ -88,14 +88,14 @@ class Grid(NamedTuple):
 
 def grid(where: str, name: str, given: Any, cu_seqlens: Any) -> Grid:
     """``given`` as a grid; ``cu_seqlens`` is for packed arrays only."""
-    if is_arrow(given) or (is_column(given) and cu_seqlens is None):
+    if not is_array(given) and (is_arrow(given) or (is_column(given) and cu_seqlens is None)):
         if cu_seqlens is not None:
             _check.fail(where, "cu_seqlens is for packed arrays; rows that are lists have lengths of their own")
         rows = ragged(where, name, given, integers=False)
         return Grid(where, name, given, floats(where, name, rows.values), rows.offsets, lists=True)
     cells = floats(where, name, vector(where, name, given, integers=False))
     offsets = None if cu_seqlens is None else indices(where, "cu_seqlens", cu_seqlens)
-    return Grid(where, name, given, cells, offsets, lists=False)
+    return Grid(where, name, given, cells, offsets, False)
 
 
 def any_shape(where: str, name: str, given: Any) -> Grid:

@@ -261,7 +261,7 @@ def products_beside(head: Head, N: int, columns: int) -> int:
     H, narrow, wide = head.H, head.compute_bytes, head.wide
     rounded = cast_columns(H, columns, wide, False) * H * wide * (head.weight_bytes != narrow)  # of grad_weight
     if head.native:
-        return max(N * H * narrow * head.grad_hidden, 2 * rounded * head.grad_weight)
+        return max(N * H * narrow * head.grad_hidden, (rounded + rounded * narrow // wide) * head.grad_weight)
     deep = min(CAST_BYTES, (N + H) * columns * wide) * head.grad_hidden  # grad_hidden: slices of the vocabulary
     tall = (N * H * wide + min(CAST_BYTES, (N + H) * columns * wide)) * head.grad_weight
     return max(deep, tall + rounded)

@@ -140,6 +140,7 @@ impl<T: Real> Gae<'_, T> {
                 }
             };
             let mask = self.mask.map(|mask| &mask[all]);
+            let scan = &self.past_caches(scan, center);
             if T::scan_episodes(scan, cells, mask, center, episodes, passed) {
                 return;
             }
@@ -156,6 +157,17 @@ impl<T: Real> Gae<'_, T> {
                 let mask = self.mask.map(|mask| &mask[cells]);
                 *found = Moments::of_row(&part.advantages[place], mask);
             }
+        }
+    }
+
+    /// Outputs that no cache would hold go past it, unless they are read again, were read, or are mostly filled with zeros.
+    fn past_caches(&self, scan: &Scan, center: Option<f64>) -> Scan {
+        let apart = |input: Input<'_, T>| matches!(input, Input::Separate(_));
+        let once = center.is_none() && self.mask.is_none();
+        if once && apart(self.rewards) && apart(self.values) {
+            scan.of_bytes(4 * self.rows.total() * size_of::<T>())
+        } else {
+            *scan
         }
     }
 

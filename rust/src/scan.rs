@@ -115,6 +115,9 @@ pub struct Episode {
     pub advantage: f64,
 }
 
+/// Memory of which a core's caches hold little.
+const PAST_CACHES: usize = 48 << 20;
+
 /// Cells that are scanned at once.
 pub const STEP: usize = 16;
 
@@ -208,6 +211,16 @@ impl Scan {
     /// None where this processor lacks the instructions.
     pub fn new(gamma: f64, decay: f64) -> Option<Self> {
         Self::each(gamma, decay).next()
+    }
+
+    /// For inputs and outputs of so many bytes in all: where no cache holds them, unmasked outputs are written past it. (A line
+    /// that is written into a cache is read first.)
+    pub fn of_bytes(self, bytes: usize) -> Self {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Scan::Avx512(given) if bytes >= PAST_CACHES => Scan::Avx512(given.past_caches()),
+            other => other,
+        }
     }
 
     /// Those that this processor has the instructions for, the widest first.

@@ -296,3 +296,23 @@ def test_threads_change_nothing(packed):
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
     assert np.isfinite(results[0]).all()
+
+
+def test_batches_beyond_the_caches_change_nothing():
+    """From 48 MiB of inputs and outputs on these go to memory past the caches, wherever they begin."""
+    rng = np.random.default_rng(0)
+    rows, width = 800, 4096
+    rewards, values = rng.normal(size=(2, rows, width)).astype(np.float32)
+    assert 4 * rewards.nbytes >= 48 << 20 > 2 * rewards.nbytes
+    half = rows // 2
+    parts = [gae(rewards[part], values[part]) for part in (slice(half), slice(half, None))]
+    expected = [np.concatenate(pair) for pair in zip(*parts, strict=True)]
+    for offset in (0, 1, 16):
+        memory = np.full((2, rows * width + 32), np.nan, np.float32)
+        out = tuple(cells[offset : offset + rows * width].reshape(rows, width) for cells in memory)
+        for threads in (1, 3):
+            options = {"gamma": 0.99, "lam": 0.95, "masked": "skip", "threads": threads}
+            _core.gae(rewards, values, *out, **options)
+            np.testing.assert_array_equal(out, expected)
+        assert np.isnan(memory[:, :offset]).all()
+        assert np.isnan(memory[:, offset + rows * width :]).all()

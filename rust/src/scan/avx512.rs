@@ -113,8 +113,13 @@ impl<'a, const MASK: bool, const MOMENTS: bool> Walk<'a, MASK, MOMENTS> {
         let all = lanes(u64::MAX);
         // SAFETY: the caller's.
         unsafe {
-            store(self.cells.advantages, at, all, advantages);
-            store(self.cells.returns, at, all, returns);
+            if !MASK && self.given.past_caches {
+                stream(self.cells.advantages, at, advantages);
+                stream(self.cells.returns, at, returns);
+            } else {
+                store(self.cells.advantages, at, all, advantages);
+                store(self.cells.returns, at, all, returns);
+            }
         }
         if MOMENTS {
             self.moments.add(advantages, all);
@@ -288,5 +293,8 @@ fn walk<const MASK: bool, const MOMENTS: bool>(
         episode.advantage = walk.advantage;
         let found = MOMENTS.then(|| walk.moments.found(center, count));
         passed(&episode, found.as_ref());
+    }
+    if given.past_caches {
+        _mm_sfence(); // before another thread is told
     }
 }

@@ -13,6 +13,7 @@ pub struct Coefficients {
     /// The powers 16 to 1, and zeros: from `STEP - n` on, what `n` cells take over from the cell after them.
     carried: [f32; 2 * STEP],
     pub(super) powers: [f64; STEP + 1],
+    pub(super) past_caches: bool,
 }
 
 impl Coefficients {
@@ -26,6 +27,15 @@ impl Coefficients {
                 _ => 0.0,
             }),
             powers,
+            past_caches: false,
+        }
+    }
+
+    /// With outputs that go past the caches to memory.
+    pub fn past_caches(self) -> Self {
+        Coefficients {
+            past_caches: true,
+            ..self
         }
     }
 

@@ -78,6 +78,26 @@ pub(super) unsafe fn store(cells: *mut f32, at: usize, lanes: Lanes, block: Bloc
     }
 }
 
+/// Writes the cells from `at` on past the caches, where they begin with one of their lines.
+///
+/// # Safety
+/// As in `store`, of all lanes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) unsafe fn stream(cells: *mut f32, at: usize, block: Block) {
+    for (step, cells_of) in block.into_iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let place = cells.add(at + STEP * step);
+            if place.addr().is_multiple_of(64) {
+                _mm512_stream_ps(place, cells_of);
+            } else {
+                _mm512_storeu_ps(place, cells_of);
+            }
+        }
+    }
+}
+
 /// `LANES` lanes further on; the first ones of `later` come in. The intrinsic would be made a permutation of two registers,
 /// which takes a quarter longer and a copy.
 #[target_feature(enable = "avx512f")]

@@ -16,6 +16,7 @@
 //! Beside `buffer`, `exact` and `helpers`, this file and those in `scan/` are the only ones with `unsafe` code: calls of
 //! functions that need instructions which were detected first or which every x86-64 has, and loads and stores of registers.
 #![allow(unsafe_code)]
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
 use std::ops::Range;
 
@@ -129,6 +130,9 @@ pub enum Scan {
     Avx2(avx2::Coefficients),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Coefficients),
+    /// Never made.
+    #[cfg(not(target_arch = "x86_64"))]
+    Elsewhere,
 }
 
 /// Whether this processor has AVX2 with FMA.
@@ -219,7 +223,10 @@ impl Scan {
         match self {
             #[cfg(target_arch = "x86_64")]
             Scan::Avx512(given) if bytes >= PAST_CACHES => Scan::Avx512(given.past_caches()),
-            other => other,
+            other => {
+                let _ = bytes;
+                other
+            }
         }
     }
 
@@ -265,7 +272,7 @@ impl Scan {
                 0
             }
             #[cfg(not(target_arch = "x86_64"))]
-            _ => {
+            Scan::Elsewhere => {
                 let _ = state;
                 run.advantages.len() - run.room
             }

@@ -58,7 +58,7 @@ pub struct Gae<'a, T> {
 }
 
 struct Part<'o, T> {
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     start: usize,
     advantages: &'o mut [T],
     returns: &'o mut [T],
@@ -80,7 +80,7 @@ impl<T: Real> Gae<'_, T> {
     fn parts(&self, advantages: &mut [T], returns: &mut [T], wanted: Wanted<'_>, threads: usize) {
         // Cell by cell takes about four times as long as a scan.
         let slower = if self.scan.is_some() { 1 } else { 4 };
-        let bytes = 4 * slower * std::mem::size_of_val(advantages);
+        let bytes = 4 * slower * size_of_val(advantages);
         let helpers = Helpers::for_bytes(bytes, threads);
         let mut parts = Vec::new();
         let (mut advantages, mut returns, mut start) = (advantages, returns, 0);

@@ -18,103 +18,16 @@
 #![allow(unsafe_code)]
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
-use std::ops::Range;
-
 #[cfg(target_arch = "x86_64")]
 #[path = "scan/avx2.rs"] // the fuzz target takes this file by its path
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 #[path = "scan/avx512.rs"]
 mod avx512;
+#[path = "scan/cells.rs"]
+mod cells;
 
-/// What the recursion carries from a cell to the one before it, and the sums over the cells that it has passed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct State {
-    pub value: f64,
-    pub advantage: f64,
-    pub deviations: Option<Deviations>,
-}
-
-/// Of the advantages passed: the sums of their deviations from `center`, and of their squares, in lanes.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Deviations {
-    pub center: f64,
-    pub count: usize,
-    pub first: [f64; 8],
-    pub second: [f64; 8],
-}
-
-impl Deviations {
-    pub fn from(center: f64) -> Self {
-        Deviations {
-            center,
-            count: 0,
-            first: [0.0; 8],
-            second: [0.0; 8],
-        }
-    }
-
-    pub fn merge(&mut self, others: &Deviations) {
-        self.count += others.count;
-        for lane in 0..8 {
-            self.first[lane] += others.first[lane];
-            self.second[lane] += others.second[lane];
-        }
-    }
-
-    pub fn add(&mut self, advantage: f64) {
-        let deviation = advantage - self.center;
-        self.count += 1;
-        self.first[0] += deviation;
-        self.second[0] += deviation * deviation;
-    }
-}
-
-/// Rewards or values: memory of their own, or one of the two outputs, which is then overwritten in place.
-pub enum Input<'a, T> {
-    Separate(&'a [T]),
-    Advantages,
-    Returns,
-}
-
-impl<T> Clone for Input<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<T> Copy for Input<'_, T> {}
-
-/// Cells of a run, all scored and none a termination; four slices of the same length. The first `room` of them come before
-/// the run: their inputs are not read, their outputs may be overwritten, and the run has at least one cell.
-pub struct Run<'a, 'o, T> {
-    pub rewards: Input<'a, T>,
-    pub values: Input<'a, T>,
-    pub advantages: &'o mut [T],
-    pub returns: &'o mut [T],
-    pub room: usize,
-}
-
-impl<'a, T> Run<'a, '_, T> {
-    pub fn reborrow(&mut self) -> Run<'a, '_, T> {
-        Run {
-            rewards: self.rewards,
-            values: self.values,
-            advantages: self.advantages,
-            returns: self.returns,
-            room: self.room,
-        }
-    }
-}
-
-/// Cells of a row that are passed from the last on; the value and the advantage that follow the last, and, once they are passed,
-/// that of the first.
-#[derive(Clone, Debug)]
-pub struct Episode {
-    pub row: usize,
-    pub cells: Range<usize>,
-    pub value: f64,
-    pub advantage: f64,
-}
+pub use cells::{Deviations, Episode, Input, Run, State};
 
 /// Memory of which a core's caches hold little.
 const PAST_CACHES: usize = 48 << 20;
@@ -122,8 +35,13 @@ const PAST_CACHES: usize = 48 << 20;
 /// Cells that are scanned at once.
 pub const STEP: usize = 16;
 
-/// The scan with its coefficients, on a processor that has the instructions. One step's results differ between them in their
-/// last digits.
+/// Those of the decay, up to that by which a step passes on what follows it.
+#[cfg(target_arch = "x86_64")]
+fn powers(decay: f64) -> [f64; STEP + 1] {
+    std::array::from_fn(|exponent| decay.powi(exponent as i32))
+}
+
+/// The scan with its coefficients, on a processor that has the instructions. Results of the two differ in their last digits.
 #[derive(Clone, Copy)]
 pub enum Scan {
     #[cfg(target_arch = "x86_64")]
@@ -136,7 +54,7 @@ pub enum Scan {
 }
 
 /// Whether this processor has AVX2 with FMA.
-pub fn available() -> bool {
+fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
     let found = std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma");
     #[cfg(not(target_arch = "x86_64"))]
@@ -145,7 +63,7 @@ pub fn available() -> bool {
 }
 
 /// Whether this processor has AVX-512 with the instructions for bytes.
-pub fn avx512() -> bool {
+fn avx512() -> bool {
     #[cfg(target_arch = "x86_64")]
     let found = std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
@@ -301,6 +219,27 @@ impl Scan {
     }
 }
 
+/// `(x - center) * scale` as `(x - near) * scale - rest`, whose numbers are float32: `rest` is what `near` leaves of the center.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Line {
+    near: f32,
+    scale: f32,
+    rest: f32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Line {
+    fn new(center: f64, scale: f64) -> Self {
+        let near = center as f32;
+        Line {
+            near,
+            scale: scale as f32,
+            rest: ((center - f64::from(near)) * scale) as f32,
+        }
+    }
+}
+
 /// `(cells - center) * scale` where the mask is not 0, and 0 elsewhere, within `3 * 2^-24` of each result; false where this
 /// processor lacks the instructions. The mask, where given, is as long as the cells. `cleared`: it is 0 elsewhere already.
 pub fn standardise(
@@ -313,11 +252,11 @@ pub fn standardise(
     #[cfg(target_arch = "x86_64")]
     if avx512() {
         // SAFETY: the instructions were detected.
-        unsafe { avx512::standardise(cells, mask, center, scale, cleared) };
+        unsafe { avx512::standardise(cells, mask, Line::new(center, scale), cleared) };
         return true;
     } else if available() {
         // SAFETY: the instructions were detected.
-        unsafe { avx2::standardise(cells, mask, center, scale, cleared) };
+        unsafe { avx2::standardise(cells, mask, Line::new(center, scale), cleared) };
         return true;
     }
     let _ = (cells, mask, center, scale, cleared);

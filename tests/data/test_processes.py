@@ -145,7 +145,7 @@ def test_no_thread_outlives_a_call_for_long():
     assert (
         run(
             """
-        import time
+        import threading, time
         from pathlib import Path
         import numpy as np
         from prefkern import _core
@@ -155,10 +155,17 @@ def test_no_thread_outlives_a_call_for_long():
 
         rewards, values = np.zeros((2, 1000, 10_000), np.float32)
         before = threads()
+        most = 0
         for _ in range(5):
-            _core.gae(rewards, values, rewards, values, gamma=0.9, lam=0.9, masked="skip", threads=8)
+            arguments = {"gamma": 0.9, "lam": 0.9, "masked": "skip", "exact": True, "threads": 8}
+            caller = threading.Thread(target=_core.gae, args=(rewards, values, rewards, values), kwargs=arguments)
+            caller.start()
+            while caller.is_alive():
+                most = max(most, threads())
+            caller.join()
             time.sleep(0.2)
             assert threads() == before
+        assert before + 1 < most <= before + 8, most  # the caller and its helpers
         print("done")
         """
         )

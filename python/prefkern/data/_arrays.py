@@ -15,7 +15,9 @@ Array = npt.NDArray[Any]
 
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+# Tuples, since a union would be made anew at every call.
 _ARRAYS = (np.ndarray, torch.Tensor)
+_LISTS = (list, tuple)
 
 
 @functools.cache
@@ -112,7 +114,7 @@ def flatten(where: str, name: str, rows: Any, total: int, *, integers: bool, nes
 
 def vector(where: str, name: str, value: Any, *, integers: bool) -> Array:
     """A flat list or tuple of numbers, a numpy array or a torch tensor, as a numpy array."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, _LISTS):
         return flatten(where, name, value, len(value), integers=integers, nested=False)
     return view(where, name, value)
 

@@ -95,7 +95,7 @@ def grid(where: str, name: str, given: Any, cu_seqlens: Any) -> Grid:
         return Grid(where, name, given, floats(where, name, rows.values), rows.offsets, lists=True)
     cells = floats(where, name, vector(where, name, given, integers=False))
     offsets = None if cu_seqlens is None else indices(where, "cu_seqlens", cu_seqlens)
-    return Grid(where, name, given, cells, offsets, False)
+    return Grid(where, name, given, cells, offsets, lists=False)
 
 
 def any_shape(where: str, name: str, given: Any) -> Grid:

@@ -45,7 +45,7 @@ def gae(
     has AVX-512 or AVX2: each advantage is within ``2^-20`` of the sum of the absolute terms, ``sum_k (gamma lam)^k (|r|
     + gamma |V'| + |V|)``, whatever the length of the row (the sums from one sixteen to the next run in float64), and
     threads, other rows and padding change no digit. ``exact=True`` sums float32 cell by cell too, in float64, and
-    rounds once: the same digits on every processor, in about four times the time.
+    rounds once: the same digits on every processor, in several times the time.
 
     ``terminated`` (bool or 0/1, shaped like ``rewards``): nothing after such a position, NaN included, has an effect on
     it. A truncation is not a termination: end the row there and give its ``bootstrap``.

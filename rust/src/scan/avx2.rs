@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Input, Run, STEP, State};
+use super::{Input, Run, STEP, State, powers};
 
 #[path = "avx2/moments.rs"]
 mod moments;
@@ -29,7 +29,8 @@ pub struct Coefficients {
 
 impl Coefficients {
     pub fn new(gamma: f64, decay: f64) -> Self {
-        let power = |exponent: usize| decay.powi(exponent as i32) as f32;
+        let powers = powers(decay);
+        let power = |exponent: usize| powers[exponent] as f32;
         Coefficients {
             gamma: gamma as f32,
             first: power(1),
@@ -37,7 +38,7 @@ impl Coefficients {
             across: std::array::from_fn(|lane| if lane < 4 { power(4 - lane) } else { 0.0 }),
             near: std::array::from_fn(|lane| power(WIDTH - lane)),
             far: std::array::from_fn(|lane| power(2 * WIDTH - lane)),
-            powers: std::array::from_fn(|exponent| decay.powi(exponent as i32)),
+            powers,
         }
     }
 }

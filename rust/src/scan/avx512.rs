@@ -22,7 +22,7 @@ use registers::*;
 /// Steps of a block.
 const STEPS: usize = BLOCK / STEP;
 
-/// The scan of a run, last block first. Each kind of it is compiled apart, so that a kind of block has one caller, into which
+/// The scan of episodes, last block first. Each kind of it is compiled apart, so that a kind of block has one caller, into which
 /// it is inlined: a call would pass its registers through memory.
 struct Walk<'a, const MASK: bool, const MOMENTS: bool> {
     given: &'a Coefficients,
@@ -80,7 +80,7 @@ impl<'a, const MASK: bool, const MOMENTS: bool> Walk<'a, MASK, MOMENTS> {
     /// The values of the block from `at` on, whose cells are all scored, and each of its steps as if nothing followed it.
     ///
     /// # Safety
-    /// They must be of the run.
+    /// They must be of the cells.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn begin(&mut self, at: usize) -> [Block; 2] {
@@ -147,10 +147,10 @@ impl<'a, const MASK: bool, const MOMENTS: bool> Walk<'a, MASK, MOMENTS> {
         at
     }
 
-    /// The scored cells of the block from `at` on; 0 in others that are inside the run.
+    /// The scored cells of the block from `at` on; 0 in others that are inside the episode.
     ///
     /// # Safety
-    /// Those inside must be of the run.
+    /// Those inside must be of the cells.
     #[target_feature(enable = "avx512f,bmi2,popcnt")]
     #[inline]
     unsafe fn some(&mut self, at: usize, inside: u64, scored: u64) {
@@ -192,7 +192,7 @@ impl<'a, const MASK: bool, const MOMENTS: bool> Walk<'a, MASK, MOMENTS> {
     /// Fills those cells of the block from `at` on with 0.
     ///
     /// # Safety
-    /// They must be of the run.
+    /// They must be of the cells.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn clear(&self, at: usize, cells: u64) {

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::registers::{Lanes, WIDTH, load, store};
-use crate::scan::{Deviations, Sums};
+use crate::scan::{Deviations, Line, Sums};
 
 #[target_feature(enable = "avx2,fma")]
 #[inline]
@@ -104,10 +104,8 @@ impl Moments {
 
 /// As `crate::scan::standardise`.
 #[target_feature(enable = "avx2,fma")]
-pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64, cleared: bool) {
-    let near = center as f32;
-    let rest = ((center - f64::from(near)) * scale) as f32;
-    let scale = scale as f32;
+pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, line: Line, cleared: bool) {
+    let Line { near, scale, rest } = line;
     let (whole, few) = cells.as_chunks_mut::<WIDTH>();
     let (flags, few_flags) = mask.unwrap_or_default().as_chunks::<WIDTH>();
     let line = |cells: &Lanes| {

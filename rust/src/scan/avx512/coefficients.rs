@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::scan::STEP;
+use crate::scan::{STEP, powers};
 
 /// Powers of the decay, narrowed from float64.
 #[derive(Clone, Copy)]
@@ -18,7 +18,7 @@ pub struct Coefficients {
 
 impl Coefficients {
     pub fn new(gamma: f64, decay: f64) -> Self {
-        let powers: [f64; STEP + 1] = std::array::from_fn(|exponent| decay.powi(exponent as i32));
+        let powers = powers(decay);
         Coefficients {
             gamma: gamma as f32,
             doubled: [1, 2, 4, 8].map(|exponent: usize| powers[exponent] as f32),

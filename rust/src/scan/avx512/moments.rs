@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Block, Lanes, lanes, load, store};
-use crate::scan::{BLOCK, Deviations};
+use crate::scan::{BLOCK, Deviations, Line};
 
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -60,10 +60,8 @@ impl Moments {
 
 /// As `crate::scan::standardise`.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, center: f64, scale: f64, cleared: bool) {
-    let near = center as f32;
-    let rest = _mm512_set1_ps(((center - f64::from(near)) * scale) as f32);
-    let (near, scale) = (_mm512_set1_ps(near), _mm512_set1_ps(scale as f32));
+pub fn standardise(cells: &mut [f32], mask: Option<&[u8]>, line: Line, cleared: bool) {
+    let [near, scale, rest] = [line.near, line.scale, line.rest].map(|x| _mm512_set1_ps(x));
     assert!(mask.is_none_or(|mask| mask.len() == cells.len()));
     let output = cells.as_mut_ptr();
     for at in (0..cells.len()).step_by(BLOCK) {

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::STEPS;
 use crate::scan::{BLOCK, Input, Run, STEP};
 
-/// Where a run lies. Inputs may be outputs: a block reads its cells before it writes them.
+/// Where the cells lie. Inputs may be outputs: a block reads its cells before it writes them.
 pub(super) struct Cells {
     pub(super) rewards: *const f32,
     pub(super) values: *const f32,

@@ -30,13 +30,14 @@ class Spec(NamedTuple):
 
 
 def load(name: str) -> types.ModuleType:
-    """``prefkern.kernels.<name>`` without running ``prefkern/__init__.py``."""
-    for package, path in (("prefkern", ROOT), ("prefkern.kernels", ROOT / "kernels")):
+    """Returns ``prefkern.kernels.triton.<name>`` without running ``prefkern/__init__.py``."""
+    for parts in ((), ("kernels",), ("kernels", "triton")):
+        package, path = ".".join(("prefkern", *parts)), ROOT.joinpath(*parts)
         if package not in sys.modules:
             bare = types.ModuleType(package)
             bare.__path__ = [str(path)]
             sys.modules[package] = bare
-    return importlib.import_module(f"prefkern.kernels.{name}")
+    return importlib.import_module(f"prefkern.kernels.triton.{name}")
 
 
 def specs() -> list[Spec]:
@@ -101,7 +102,7 @@ def _rowwise() -> list[Spec]:
 
 
 def _fold() -> list[Spec]:
-    module, backward = load("fold"), load("fold_bwd")
+    module, backward = load("logprobs"), load("logprobs_bwd")
     out = []
     for held, wanted, bias, softcap, ceiling in (
         (None, "", False, False, 9.5),

@@ -5,8 +5,8 @@ _ROWS = "test_divergence_kernels and (not_read or exact_shapes or float16 or spe
 _KERNEL = "test_divergence_kernels and ((recomputed and all) or not_read or beyond or float16)"
 _LAUNCHER = "test_divergence_kernels and ((recomputed and all) or contiguous or grid or float16 or logits)"
 _DEVICE, _GRADIENT, _FORWARD, _BACKWARD = (
-    "_divergence.py",
-    "_divergence_gradient.py",
+    "two_rows.py",
+    "two_rows_gradient.py",
     "divergence.py",
     "divergence_bwd.py",
 )

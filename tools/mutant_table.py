@@ -257,12 +257,12 @@ MUTANTS = [
     Mutant(file, *entry)
     for file, entries in (
         *mutant_divergence.ENTRIES.items(),
-        ("_math.py", _MATH),
-        ("_statistics.py", _STATISTICS),
-        ("_gradient.py", _GRADIENT),
+        ("math.py", _MATH),
+        ("row.py", _STATISTICS),
+        ("row_gradient.py", _GRADIENT),
         ("rowwise.py", _ROWWISE),
-        ("fold.py", _FOLD),
-        ("fold_bwd.py", _FOLD_BWD),
+        ("logprobs.py", _FOLD),
+        ("logprobs_bwd.py", _FOLD_BWD),
         ("scale.py", _SCALE),
     )
     for entry in entries

@@ -21,7 +21,7 @@ from pathlib import Path
 from mutant_table import MUTANTS, Mutant, quick_tests
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = Path("python/prefkern/kernels")
+KERNELS = Path("python/prefkern/kernels/triton")
 TESTS = [
     f"tests/kernels/{name}"
     for name in ("test_math.py", "test_fold.py", "test_rowwise.py", "test_scale.py", "test_divergence_kernels.py")

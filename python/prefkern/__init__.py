@@ -9,12 +9,13 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from prefkern._check import MissingDependency
+from prefkern.check import MissingDependency
 
 if TYPE_CHECKING:
-    from prefkern import data, integrations, plan
-    from prefkern.divergence import kl_divergence, linear_kl_divergence
-    from prefkern.logprobs import linear_token_logprobs, token_logprobs
+    from prefkern import data, integrations
+    from prefkern.head import plan
+    from prefkern.head.divergence import kl_divergence, linear_kl_divergence
+    from prefkern.head.logprobs import linear_token_logprobs, token_logprobs
     from prefkern.losses import (
         DPOLoss,
         KTOLoss,
@@ -81,12 +82,12 @@ __all__ = [
 ]
 
 
-_PARTS = {"data", "integrations", "plan"}
+_PARTS = {"data": "data", "integrations": "integrations", "plan": "head.plan"}
 _HOMES = {
-    "kl_divergence": "divergence",
-    "linear_kl_divergence": "divergence",
-    "linear_token_logprobs": "logprobs",
-    "token_logprobs": "logprobs",
+    "kl_divergence": "head.divergence",
+    "linear_kl_divergence": "head.divergence",
+    "linear_token_logprobs": "head.logprobs",
+    "token_logprobs": "head.logprobs",
     "LossOutput": "types",
     "PairLogps": "types",
     "TokenDivergence": "types",
@@ -98,7 +99,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     """Loads what is asked for when it is first asked for: a script pays for the operators that it uses."""
     if name in _PARTS:
-        return importlib.import_module(f"prefkern.{name}")
+        return importlib.import_module(f"prefkern.{_PARTS[name]}")
     if name not in __all__:
         raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
     value: object = getattr(importlib.import_module(f"prefkern.{_HOMES.get(name, 'losses')}"), name)

@@ -241,7 +241,7 @@ def test_what_is_loaded_when():
         """
         import sys
         import prefkern.data
-        from prefkern._check import MissingDependency
+        from prefkern.check import MissingDependency
         assert "prefkern._core" not in sys.modules
 
         sys.modules["prefkern._core"] = None

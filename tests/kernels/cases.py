@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prefkern import testing
-from prefkern.types import RowStats
+from prefkern.kernels.interface import RowStats
 
 ROWS = 12
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -9,8 +9,8 @@ import torch
 
 import prefkern as pk
 from prefkern import operators, testing
-from prefkern.products import count_products
-from prefkern.types import LogitForm
+from prefkern.head.engine.products import count_products
+from prefkern.kernels.interface import LogitForm
 
 N, H, REF_H, V = 13, 16, 12, 301
 KINDS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -23,8 +23,8 @@ KINDS: dict[str, tuple[float, dict[str, Any]]] = {
 @pytest.fixture
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
-        module = importlib.import_module("prefkern.kernels.divergence")
-        monkeypatch.setattr(operators, "kernels_for", lambda like, name, plain: module)
+        module = importlib.import_module("prefkern.kernels.triton.divergence")
+        monkeypatch.setattr(operators, "implementation", lambda like, name, plain: module)
     return device
 
 

@@ -9,7 +9,7 @@ from cases import ROWS
 from torch import Tensor
 
 from prefkern import testing
-from prefkern.types import DivergenceRows, LogitForm
+from prefkern.kernels.interface import DivergenceRows, LogitForm
 
 FLOAT = torch.float32
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
@@ -61,7 +61,7 @@ def fold(
     case: Case, beta: float, held_dtype: torch.dtype | None = FLOAT, *, entropy: bool = True, peak: float | None = None
 ) -> Folded:
     """`tile_fwd` behind guards, with gaps between the rows."""
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     guard = testing.Guards()
     N, device = len(case.tile), case.tile.device
@@ -97,7 +97,7 @@ def tile_bwd(
     *,
     peak: float | None = None,
 ) -> Tensor:
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     guard = testing.Guards()
     out = guard(testing.poisoned(*case.tile.shape, dtype=dtype, device=case.tile.device), row_gap=4)
@@ -286,7 +286,7 @@ def test_confident_rows_at_a_low_temperature(kind: str, device: torch.device, co
 
 def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     stride = 2**30 + 24
 
@@ -310,8 +310,8 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
 
 def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
-    from prefkern.kernels import divergence as kernels
-    from prefkern.kernels import divergence_bwd
+    from prefkern.kernels.triton import divergence as kernels
+    from prefkern.kernels.triton import divergence_bwd
 
     grids = spied(kernels, "_divergence_fwd_kernel")
     spied(divergence_bwd, "_divergence_bwd_kernel")
@@ -325,7 +325,7 @@ def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any
 
 
 def test_columns_must_be_contiguous(device: torch.device) -> None:
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     good, row = torch.zeros(4, 6, device=device), torch.zeros(4, device=device)
     bad = torch.zeros(6, 4, device=device).T

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import operators, plan, testing
-from prefkern.logprobs import bounded_token_logprobs
-from prefkern.products import count_products
+from prefkern import operators, testing
+from prefkern.head import costs
+from prefkern.head.engine.products import count_products
+from prefkern.head.logprobs import bounded_token_logprobs
 
 N, H, V = 37, 16, 1100
 OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -28,7 +29,9 @@ FORMS: dict[str, dict[str, Any]] = {
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
         monkeypatch.setattr(
-            operators, "kernels_for", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}")
+            operators,
+            "implementation",
+            lambda like, name, plain: importlib.import_module(f"prefkern.kernels.triton.{name}"),
         )
     return device
 
@@ -163,7 +166,7 @@ def test_peak_memory_is_what_the_plan_says(rows: int | None) -> None:
     hidden = case.hidden.requires_grad_()
     weight = torch.randn(v, h, device="cuda", dtype=torch.bfloat16).requires_grad_()
     memory = None if rows is None else rows * v * 2
-    predicted = plan.choose(plan.Head(n, h, v, 2, 2, 2), memory)
+    predicted = costs.choose(costs.Call(n, h, v, 2, 2, 2), memory)
 
     def step() -> None:
         pk.linear_token_logprobs(hidden, weight, case.targets, max_memory=memory).logps.sum().backward()

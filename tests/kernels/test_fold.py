@@ -8,7 +8,7 @@ from cases import DTYPES, OPTIONS, ROWS, assert_stats, options_of, poisoned_stat
 from torch import Tensor
 
 from prefkern import testing
-from prefkern.types import RowStats
+from prefkern.kernels.interface import RowStats
 
 FLOAT = torch.float32
 
@@ -24,7 +24,7 @@ def fold(
     **options: Any,
 ) -> tuple[RowStats, Tensor | None]:
     """`tile_fwd` behind guards, with gaps between the rows."""
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     guard = testing.Guards()
     stats = poisoned_stats(len(targets), tile.device, guard, wanted)
@@ -51,7 +51,7 @@ def tile_bwd(
     logit_scale: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     guard = testing.Guards()
     out = guard(testing.poisoned(*tile.shape, dtype=dtype, device=tile.device), row_gap=4)
@@ -74,7 +74,7 @@ def tile_bwd(
 def held_bwd(
     held: Tensor, targets: Tensor, stats: RowStats, c: Tensor, e: Tensor, dtype: torch.dtype, ignore_index: int = -100
 ) -> Tensor:
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     guard = testing.Guards()
     out = guard(testing.poisoned(*held.shape, dtype=dtype, device=held.device), row_gap=4)
@@ -290,7 +290,7 @@ def test_small_and_exact_shapes(shape: tuple[int, int], device: torch.device) ->
 
 def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     stride = 2**30 + 24
 
@@ -317,11 +317,11 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
 
 def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
-    from prefkern.kernels import fold as kernels
-    from prefkern.kernels import fold_bwd
+    from prefkern.kernels.triton import logprobs as kernels
+    from prefkern.kernels.triton import logprobs_bwd
 
     grids = spied(kernels, "_tile_fwd_kernel")
-    spied(fold_bwd, "_tile_bwd_kernel", "_held_bwd_kernel")
+    spied(logprobs_bwd, "_tile_bwd_kernel", "_held_bwd_kernel")
     N = 70_000
     tile, row = torch.zeros(1, 8, device=device).expand(N, 8), torch.zeros(N, device=device)
     stats = RowStats(row, row, row)
@@ -333,7 +333,7 @@ def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any
 
 
 def test_columns_must_be_contiguous(device: torch.device) -> None:
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     good, row = torch.zeros(4, 6, device=device), torch.zeros(4, device=device)
     bad = torch.zeros(6, 4, device=device).T
@@ -351,7 +351,7 @@ def test_columns_must_be_contiguous(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_new_numbers_compile_nothing_new() -> None:
     """Temperature, scale, softcap and lengths are runtime values."""
-    from prefkern.kernels import fold as kernels
+    from prefkern.kernels.triton import logprobs as kernels
 
     device = torch.device("cuda:0")
     compiled = []

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prefkern.benchmark.measure import Budget
-from prefkern.benchmark.operands import Shape
-from prefkern.benchmark.pieces import fold_kernels, row_kernels
+from prefkern.commands.benchmark.head.operands import Shape
+from prefkern.commands.benchmark.head.pieces import fold_kernels, row_kernels
+from prefkern.commands.benchmark.measure import Budget
 
-MEASURES = {"rowwise": row_kernels, "fold": fold_kernels}
+MEASURES = {"rowwise": row_kernels, "logprobs": fold_kernels}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -19,10 +19,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_the_kernels_are_right_and_so_are_timed(
     name: str, dtype: torch.dtype, device: torch.device, columns: int
 ) -> None:
-    kernels = importlib.import_module(f"prefkern.kernels.{name}")
+    kernels = importlib.import_module(f"prefkern.kernels.triton.{name}")
     budget = Budget(None if device.type == "cuda" else 0.0)
     found = list(MEASURES[name](kernels, Shape(3, 1, columns), dtype, device, budget))
-    assert len(found) == {"rowwise": 2, "fold": 3}[name]
+    assert len(found) == {"rowwise": 2, "logprobs": 3}[name]
     for piece in found:
         assert piece.error < max(torch.finfo(dtype).eps, 1e-5)
         assert piece.note == ("" if device.type == "cuda" else "not timed: out of time")
@@ -30,7 +30,7 @@ def test_the_kernels_are_right_and_so_are_timed(
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_kernel_that_is_wrong_is_not_timed(name: str, device: torch.device, columns: int) -> None:
-    kernels = importlib.import_module(f"prefkern.kernels.{name}")
+    kernels = importlib.import_module(f"prefkern.kernels.triton.{name}")
     forward = getattr(kernels, "logprobs_fwd" if name == "rowwise" else "tile_fwd")
 
     def wrong(tile, *rest, **options):

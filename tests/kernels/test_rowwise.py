@@ -8,13 +8,13 @@ from cases import DTYPES, OPTIONS, ROWS, assert_stats, options_of, poisoned_stat
 from torch import Tensor
 
 from prefkern import testing
-from prefkern.types import RowStats
+from prefkern.kernels.interface import RowStats
 
 
 def forward(
     logits: Tensor, targets: Tensor, wanted: str = "eqmt", row_gap: int = 0, **options: Any
 ) -> tuple[RowStats, Tensor]:
-    from prefkern.kernels import rowwise
+    from prefkern.kernels.triton import rowwise
 
     guard = testing.Guards()
     stats = poisoned_stats(len(targets), logits.device, guard, wanted)
@@ -30,7 +30,7 @@ def forward(
 def backward(
     logits: Tensor, targets: Tensor, stats: RowStats, c: Tensor, e: Tensor | None, row_gap: int = 0, **options: Any
 ) -> Tensor:
-    from prefkern.kernels import rowwise
+    from prefkern.kernels.triton import rowwise
 
     guard = testing.Guards()
     grad = guard(testing.poisoned(*logits.shape, dtype=logits.dtype, device=logits.device), row_gap=row_gap)
@@ -222,7 +222,7 @@ def test_a_row_does_not_depend_on_the_others(device: torch.device, columns: int)
 
 def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
-    from prefkern.kernels import rowwise
+    from prefkern.kernels.triton import rowwise
 
     stride = 2**30 + 24
 
@@ -245,7 +245,7 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
 
 def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
-    from prefkern.kernels import rowwise
+    from prefkern.kernels.triton import rowwise
 
     grids = spied(rowwise, "_logprobs_fwd_kernel", "_logprobs_bwd_kernel")
     N = 70_000
@@ -266,7 +266,7 @@ def test_more_rows_than_a_grid_axis_holds() -> None:
 
 
 def test_columns_must_be_contiguous(device: torch.device) -> None:
-    from prefkern.kernels import rowwise
+    from prefkern.kernels.triton import rowwise
 
     logits = torch.randn(9, 4, device=device).T
     row = torch.zeros(4, device=device)
@@ -289,8 +289,8 @@ def test_columns_must_be_contiguous(device: torch.device) -> None:
 def test_tiles_of_the_size_that_runs_on_a_gpu(
     dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefkern.kernels import rowwise
-    from prefkern.kernels._launch import Tile
+    from prefkern.kernels.triton import rowwise
+    from prefkern.kernels.triton.launch import Tile
 
     tiles = {2: Tile(512, 8, 8, 1), 4: Tile(512, 4, 8, 1)}
     monkeypatch.setattr(rowwise, "SOFTCAP_FORWARD", tiles)

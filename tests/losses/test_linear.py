@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.logprobs import linear_token_logprobs
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.losses import dpo_loss, linear_cross_entropy, linear_dpo_loss, pair_logps
 
 R, T, H, V, K = 4, 6, 8, 11, 5

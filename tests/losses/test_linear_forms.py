@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from prefkern import losses
-from prefkern.logprobs import linear_token_logprobs
+from prefkern.head.engine.products import count_products
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.losses import (
     cpo_loss,
     kto_loss,
@@ -19,7 +20,6 @@ from prefkern.losses import (
     ppo_loss,
     sequence_logps,
 )
-from prefkern.products import count_products
 from prefkern.types import LossOutput
 
 R, T, H, V, K = 4, 6, 8, 11, 5

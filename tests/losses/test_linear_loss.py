@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prefkern.head.engine.products import count_products
 from prefkern.losses import linear_loss, pair_logps
-from prefkern.products import count_products
 from prefkern.types import LossOutput, TokenStats
 
 R, T, H, V = 4, 6, 8, 11

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefkern import linear_kl_divergence, losses
-from prefkern.logprobs import linear_token_logprobs
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.losses import dpo_loss, linear_cross_entropy, linear_loss, pair_logps
 from prefkern.losses._head import Head
 

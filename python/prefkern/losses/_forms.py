@@ -5,32 +5,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.losses import inputs
 from prefkern.losses._head import Head
 from prefkern.losses.linear import linear_loss
+from prefkern.losses.reduce import masked_mean, per_token
 from prefkern.losses.sequences import check_even
 from prefkern.objectives.likelihood import negative_log_likelihood
-from prefkern.objectives.reduce import masked_mean, per_token
 from prefkern.types import LossOutput, Output, TokenStats
 
 
 def check_layout(where: str, targets: Tensor, cu_seqlens: Tensor | None) -> None:
     """Targets are padded ``[B, T]`` or packed ``[N]``, with offsets that fit."""
-    _inputs.required(where, targets=targets)
-    _check.integer(where, targets=targets)
-    _check.same_device(where, targets=targets, cu_seqlens=cu_seqlens)
+    inputs.required(where, targets=targets)
+    check.integer(where, targets=targets)
+    check.same_device(where, targets=targets, cu_seqlens=cu_seqlens)
     if targets.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
         layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
-        _check.fail(where, f"targets must be {layout}, got {_check.describe(targets)}")
+        check.fail(where, f"targets must be {layout}, got {check.describe(targets)}")
     if cu_seqlens is not None:
-        _check.offsets(where, cu_seqlens, targets.numel())
+        check.offsets(where, cu_seqlens, targets.numel())
 
 
 def check_rows(where: str, targets: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None = None) -> int:
     """The number of sequences in the targets; ``ref_logps`` has one value of each."""
     check_layout(where, targets, cu_seqlens)
-    count = _inputs.sequences(where, "targets", targets, cu_seqlens)
+    count = inputs.sequences(where, "targets", targets, cu_seqlens)
     _per_sequence(where, "ref_logps", ref_logps, count, targets)
     return count
 
@@ -51,10 +51,10 @@ def check_pairs(
 
 
 def _per_sequence(where: str, name: str, value: Tensor | None, count: int, targets: Tensor) -> None:
-    _check.floating(where, **{name: value})
+    check.floating(where, **{name: value})
     if value is not None and value.shape != (count,):
-        _check.fail(where, f"{name} must have shape ({count},), got {_check.describe(value)}")
-    _check.same_device(where, targets=targets, **{name: value})
+        check.fail(where, f"{name} must have shape ({count},), got {check.describe(value)}")
+    check.same_device(where, targets=targets, **{name: value})
 
 
 def first_half(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -76,13 +76,13 @@ class ChosenLikelihood:
         self.mask, self.targets = chosen & (targets != ignore_index), targets
         if nll_targets is None:
             return
-        _check.integer(where, nll_targets=nll_targets)
-        _check.same_shape(where, targets=targets, nll_targets=nll_targets)
-        _check.same_device(where, targets=targets, nll_targets=nll_targets)
+        check.integer(where, nll_targets=nll_targets)
+        check.same_shape(where, targets=targets, nll_targets=nll_targets)
+        check.same_device(where, targets=targets, nll_targets=nll_targets)
         paired, self.mask = targets != ignore_index, chosen & (nll_targets != ignore_index)
         differ = paired & self.mask & (targets != nll_targets)
         if targets.device.type == "cpu" and not torch.compiler.is_compiling() and differ.any():
-            _check.fail(where, "nll_targets must equal targets wherever both are scored in a chosen row, got others")
+            check.fail(where, "nll_targets must equal targets wherever both are scored in a chosen row, got others")
         outside = -1 if ignore_index != -1 else -2
         self.targets = torch.where(paired, targets, nll_targets.masked_fill(~self.mask, ignore_index))
         self.targets = self.targets.masked_fill(differ, outside)
@@ -96,8 +96,8 @@ def scored_targets(
 ) -> tuple[Tensor, Tensor]:
     """Targets that are ignored outside ``mask``, so that no product is paid for them, and what they score."""
     check_layout(where, targets, cu_seqlens)
-    mask = _check.mask(where, "mask", mask, targets.shape)
-    _check.same_device(where, targets=targets, mask=mask)
+    mask = check.mask(where, "mask", mask, targets.shape)
+    check.same_device(where, targets=targets, mask=mask)
     if mask is not None:
         targets = targets.masked_fill(~mask, ignore_index)
     return targets, targets != ignore_index

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern._head_inputs import reference_form
-from prefkern.logprobs import linear_token_logprobs
+from prefkern import check
+from prefkern.head.inputs import reference_form
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.types import LoRA, Temperature
 
 
@@ -50,7 +50,7 @@ class Reference(NamedTuple):
         """``ref_logps``, of this shape, or ``rows`` of the log-probabilities that its head gives the targets."""
         logps = self.per_token(where, head, targets, shape)
         if logps is None:
-            _check.fail(where, f"the reference must be {_either(shape)}, got none")
+            check.fail(where, f"the reference must be {_either(shape)}, got none")
         return logps if self.ref_logps is not None else rows(logps)
 
     def per_token(self, where: str, head: Head, targets: Tensor, shape: str = "shaped like targets") -> Tensor | None:
@@ -58,12 +58,12 @@ class Reference(NamedTuple):
         if all(value is None for value in self[1:]):
             return self.ref_logps
         if self.ref_logps is not None or self.ref_hidden is None or self.ref_weight is None:
-            _check.fail(where, f"the reference must be {_either(shape)}")
+            check.fail(where, f"the reference must be {_either(shape)}")
         form = head.bias, head.logit_scale, head.softcap
         logit_scale, softcap = reference_form(where, *form, self.ref_bias, self.ref_logit_scale, self.ref_softcap)
-        _check.number(where, "ref_logit_scale", logit_scale)
+        check.number(where, "ref_logit_scale", logit_scale)
         if softcap is not None:
-            _check.number(where, "ref_softcap", softcap, low=0.0, open_low=True)
+            check.number(where, "ref_softcap", softcap, low=0.0, open_low=True)
         options = head._replace(
             bias=self.ref_bias, logit_scale=logit_scale, softcap=softcap, lora=None, max_memory=None
         )

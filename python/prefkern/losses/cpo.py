@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs, dpo
+from prefkern import check
+from prefkern.losses import dpo, inputs
+from prefkern.losses.preference import Pairs, pair_metrics
+from prefkern.losses.reduce import masked_mean, reduce_rows, widen
 from prefkern.objectives.cpo import CPO_LOSSES, CPOLossType, CPOOptions, cpo, reward
-from prefkern.objectives.preference import Pairs, pair_metrics
-from prefkern.objectives.reduce import masked_mean, reduce_rows, widen
 from prefkern.types import LossOutput, Reduction
 
 
@@ -58,10 +58,10 @@ def cpo_loss(
     """
     where = "cpo_loss"
     options = check_options(where, beta, loss_type, label_smoothing, cpo_alpha, simpo_gamma, alpha, reduction)
-    _inputs.rows(where, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    inputs.rows(where, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     if chosen_nll is None and cpo_alpha:
-        _check.fail(where, f"cpo_alpha={cpo_alpha} weighs chosen_nll, got None: pass it, or cpo_alpha=0")
-    _inputs.likelihood(where, chosen_nll, chosen_logps)
+        check.fail(where, f"cpo_alpha={cpo_alpha} weighs chosen_nll, got None: pass it, or cpo_alpha=0")
+    inputs.likelihood(where, chosen_nll, chosen_logps)
     losses = cpo(chosen_logps, rejected_logps, options)
     if chosen_nll is not None and cpo_alpha:
         losses = losses + cpo_alpha * widen(chosen_nll)
@@ -84,6 +84,6 @@ def check_options(
     reduction: str,
 ) -> CPOOptions:
     beta, label_smoothing = dpo.check_options(where, beta, loss_type, label_smoothing, reduction, CPO_LOSSES)
-    _check.number(where, "cpo_alpha", cpo_alpha, low=0.0)
-    gamma = _check.number(where, "simpo_gamma", simpo_gamma, low=0.0)
-    return CPOOptions(loss_type, beta, label_smoothing, gamma, _check.number(where, "alpha", alpha))
+    check.number(where, "cpo_alpha", cpo_alpha, low=0.0)
+    gamma = check.number(where, "simpo_gamma", simpo_gamma, low=0.0)
+    return CPOOptions(loss_type, beta, label_smoothing, gamma, check.number(where, "alpha", alpha))

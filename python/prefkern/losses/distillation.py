@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.losses import inputs
+from prefkern.losses.reduce import masked_mean, scored
 from prefkern.objectives import distillation
-from prefkern.objectives.reduce import masked_mean, scored
 from prefkern.types import LossOutput, Reduction
 
 MASS_LIMIT = 1.05
@@ -58,15 +58,15 @@ def topk_kl(
         log-probabilities because they sum to more than 1.
     """
     where = "topk_kl"
-    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
-    _inputs.required(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
-    _check.floating(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
-    _check.same_shape(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    inputs.required(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    check.floating(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
+    check.same_shape(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k)
     if logps_k.ndim == 0 or logps_k.shape[-1] == 0:
-        _check.fail(where, f"logps_k must be [..., Kt] with Kt >= 1, got {_check.describe(logps_k)}")
-    mask = _check.mask(where, "mask", mask, logps_k.shape[:-1])
-    _check.same_device(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k, mask=mask)
-    normalizer = _inputs.normalizer(where, normalizer, reduction, logps_k)
+        check.fail(where, f"logps_k must be [..., Kt] with Kt >= 1, got {check.describe(logps_k)}")
+    mask = check.mask(where, "mask", mask, logps_k.shape[:-1])
+    check.same_device(where, logps_k=logps_k, teacher_logps_k=teacher_logps_k, mask=mask)
+    normalizer = inputs.normalizer(where, normalizer, reduction, logps_k)
     every = None if mask is None else mask.unsqueeze(-1)
     student, teacher = scored(logps_k, every), scored(teacher_logps_k, every).detach()
     masses = _masses(student, teacher)
@@ -95,7 +95,7 @@ def _check_masses(where: str, masses: dict[str, Tensor], mask: Tensor | None) ->
         largest = scored(mass, mask).max().item()
         if largest > MASS_LIMIT:
             argument = "teacher_logps_k" if name == "mass/teacher" else "logps_k"
-            _check.fail(
+            check.fail(
                 where,
                 f"{argument} must hold log-probabilities of distinct tokens, whose probabilities sum to at most 1, "
                 f"got a row that sums to {largest:.4g}: apply log_softmax over the vocabulary before picking the k",

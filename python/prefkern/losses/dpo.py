@@ -4,10 +4,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
-from prefkern.objectives.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs, log_ratios, pair_metrics
-from prefkern.objectives.reduce import reduce_rows, widen
+from prefkern import check
+from prefkern.losses import inputs
+from prefkern.losses.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs, log_ratios, pair_metrics
+from prefkern.losses.reduce import reduce_rows, widen
 from prefkern.types import LossOutput, Reduction
 
 DPOLossType = Literal["sigmoid", "hinge", "ipo"]
@@ -58,7 +58,7 @@ def dpo_loss(
     """
     where = "dpo_loss"
     options = check_options(where, beta, loss_type, label_smoothing, reduction)
-    _inputs.rows(
+    inputs.rows(
         where,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
@@ -84,16 +84,16 @@ def check_options(
     reduction: str,
     family: dict[str, PairLoss] = PAIR_LOSSES,
 ) -> PairOptions:
-    _check.one_of(where, "loss_type", loss_type, tuple(family))
-    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
-    beta = _check.number(where, "beta", beta, low=0.0, open_low=True)
+    check.one_of(where, "loss_type", loss_type, tuple(family))
+    check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    beta = check.number(where, "beta", beta, low=0.0, open_low=True)
     smoothing = family[loss_type].smoothing
     if smoothing is not None:
         low, high = smoothing
-        label_smoothing = _check.number(where, "label_smoothing", label_smoothing, low=low, high=high, open_high=True)
+        label_smoothing = check.number(where, "label_smoothing", label_smoothing, low=low, high=high, open_high=True)
     elif label_smoothing != 0.0:
         used = " or ".join(repr(name) for name, loss in family.items() if loss.smoothing is not None)
-        _check.fail(where, f"label_smoothing is for loss_type={used}; {loss_type!r} has none, got {label_smoothing!r}")
+        check.fail(where, f"label_smoothing is for loss_type={used}; {loss_type!r} has none, got {label_smoothing!r}")
     return PairOptions(beta, label_smoothing)
 
 
@@ -103,9 +103,9 @@ def check_lengths(
     for name, lengths in (("chosen_lengths", chosen_lengths), ("rejected_lengths", rejected_lengths)):
         if lengths is None:
             if PAIR_LOSSES[loss_type].needs_lengths:
-                _check.fail(where, f"loss_type={loss_type!r} divides by {name} [B], which pair_logps returns; got None")
+                check.fail(where, f"loss_type={loss_type!r} divides by {name} [B], which pair_logps returns; got None")
             continue
-        _check.tensor(where, name, lengths)
+        check.tensor(where, name, lengths)
         if lengths.shape != logps.shape:
-            _check.fail(where, f"{name} must have shape {tuple(logps.shape)}, got {_check.describe(lengths)}")
-        _check.same_device(where, chosen_logps=logps, **{name: lengths})
+            check.fail(where, f"{name} must have shape {tuple(logps.shape)}, got {check.describe(lengths)}")
+        check.same_device(where, chosen_logps=logps, **{name: lengths})

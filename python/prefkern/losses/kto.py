@@ -5,10 +5,10 @@ from typing import Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.losses import inputs
+from prefkern.losses.reduce import reduce_rows, widen
 from prefkern.objectives import kto
-from prefkern.objectives.reduce import reduce_rows, widen
 from prefkern.types import LossOutput, Reduction
 
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
@@ -58,8 +58,8 @@ def kto_loss(
     """
     where = "kto_loss"
     options = check_options(where, beta, desirable_weight, undesirable_weight, loss_type, reduction)
-    _inputs.rows(where, logps=logps, ref_logps=ref_logps)
-    desirable = _inputs.flags(where, "is_desirable", is_desirable, logps)
+    inputs.rows(where, logps=logps, ref_logps=ref_logps)
+    desirable = inputs.flags(where, "is_desirable", is_desirable, logps)
     kl = _baseline(where, kl, logps)
     log_ratios = widen(logps) - widen(ref_logps).detach()
     losses = kto.UNPAIRED_LOSSES[loss_type](log_ratios, desirable, kl, options)
@@ -84,19 +84,19 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor, *, group: dist.ProcessGroup |
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, by name.
     """
-    _inputs.rows("kto_kl", kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
+    inputs.rows("kto_kl", kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     return kto.kto_kl(kl_logps, ref_kl_logps, group)
 
 
 def check_options(
     where: str, beta: float, desirable_weight: float, undesirable_weight: float, loss_type: str, reduction: str
 ) -> kto.KTOOptions:
-    _check.one_of(where, "loss_type", loss_type, tuple(kto.UNPAIRED_LOSSES))
-    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    check.one_of(where, "loss_type", loss_type, tuple(kto.UNPAIRED_LOSSES))
+    check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
     return kto.KTOOptions(
-        _check.number(where, "beta", beta, low=0.0, open_low=True),
-        _check.number(where, "desirable_weight", desirable_weight, low=0.0),
-        _check.number(where, "undesirable_weight", undesirable_weight, low=0.0),
+        check.number(where, "beta", beta, low=0.0, open_low=True),
+        check.number(where, "desirable_weight", desirable_weight, low=0.0),
+        check.number(where, "undesirable_weight", undesirable_weight, low=0.0),
     )
 
 
@@ -104,10 +104,10 @@ def _baseline(where: str, kl: Tensor | float | None, logps: Tensor) -> Tensor | 
     if kl is None:
         return 0.0
     if not isinstance(kl, Tensor):
-        return _check.number(where, "kl", kl)
-    _check.floating(where, kl=kl)
+        return check.number(where, "kl", kl)
+    check.floating(where, kl=kl)
     if kl.numel() != 1 and kl.shape != logps.shape:
-        _check.fail(where, f"kl must be one value or {tuple(logps.shape)}, got {_check.describe(kl)}")
+        check.fail(where, f"kl must be one value or {tuple(logps.shape)}, got {check.describe(kl)}")
     if kl.ndim > 0:
-        _check.same_device(where, logps=logps, kl=kl)
+        check.same_device(where, logps=logps, kl=kl)
     return widen(kl.reshape(()) if kl.numel() == 1 else kl).detach()

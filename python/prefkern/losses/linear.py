@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.logprobs import linear_token_logprobs
+from prefkern import check
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.losses._head import Head
 from prefkern.types import LoRA, LossOutput, Output, Temperature, TokenStats
 
@@ -69,7 +69,7 @@ def linear_loss(
         What ``linear_token_logprobs`` refuses, by name.
     """
     if not callable(fn):
-        _check.fail_type(WHERE, f"fn must be a function of TokenStats that returns the loss, got {_check.describe(fn)}")
+        check.fail_type(WHERE, f"fn must be a function of TokenStats that returns the loss, got {check.describe(fn)}")
     logits = bias, temperature, logit_scale, softcap, ignore_index
     head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     stats = linear_token_logprobs(hidden, weight, targets, outputs=outputs, entropy_grad=entropy_grad, **head._asdict())
@@ -81,18 +81,18 @@ def _loss_output(result: object, *, with_graph: bool) -> LossOutput:
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     keep = "return tensors as they are, without .item(), float() or .tolist()"
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        _check.fail_type(
-            WHERE, f"fn must return a floating tensor, or (tensor, metrics), got {_check.describe(loss)}: {keep}"
+        check.fail_type(
+            WHERE, f"fn must return a floating tensor, or (tensor, metrics), got {check.describe(loss)}: {keep}"
         )
     if with_graph and not loss.requires_grad:
-        _check.fail(
+        check.fail(
             WHERE,
-            f"fn must return a loss with a graph to stats.logps, got {_check.describe(loss)} without one: use no "
+            f"fn must return a loss with a graph to stats.logps, got {check.describe(loss)} without one: use no "
             ".detach(), .item() or no_grad() inside fn (stats.entropy has a gradient only with entropy_grad=True)",
         )
     if not isinstance(metrics, Mapping):
-        _check.fail_type(WHERE, f"the metrics of fn must be a dict of tensors, got {_check.describe(metrics)}")
+        check.fail_type(WHERE, f"the metrics of fn must be a dict of tensors, got {check.describe(metrics)}")
     for name, value in metrics.items():
         if not isinstance(value, Tensor):
-            _check.fail_type(WHERE, f"metrics[{name!r}] of fn must be a tensor, got {_check.describe(value)}: {keep}")
+            check.fail_type(WHERE, f"metrics[{name!r}] of fn must be a tensor, got {check.describe(value)}: {keep}")
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.logprob_sum import linear_logprob_sum
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.head.logprob_sum import linear_logprob_sum
+from prefkern.head.logprobs import linear_token_logprobs
+from prefkern.losses import inputs
+from prefkern.losses.reduce import divide, masked_mean
 from prefkern.objectives.likelihood import negative_log_likelihood
-from prefkern.objectives.reduce import divide, masked_mean
 from prefkern.types import LoRA, LossOutput, Reduction, Temperature
 
 
@@ -61,13 +61,13 @@ def linear_cross_entropy(
         TypeError, ValueError: a wrong dtype, shape, device, option or range, by name.
     """
     where = "linear_cross_entropy"
-    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
-    _inputs.required(where, targets=targets)
-    normalizer = _inputs.normalizer(where, normalizer, reduction, targets)
-    _check.integer(where, targets=targets)
-    _check.floating(where, token_weights=token_weights)
-    _check.same_shape(where, targets=targets, token_weights=token_weights)
-    _check.same_device(where, targets=targets, token_weights=token_weights)
+    check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    inputs.required(where, targets=targets)
+    normalizer = inputs.normalizer(where, normalizer, reduction, targets)
+    check.integer(where, targets=targets)
+    check.floating(where, token_weights=token_weights)
+    check.same_shape(where, targets=targets, token_weights=token_weights)
+    check.same_device(where, targets=targets, token_weights=token_weights)
     mask = targets != ignore_index
     head: dict[str, Any] = {
         "bias": bias,

@@ -5,12 +5,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prefkern.losses import _inputs
+from prefkern.losses import inputs
 from prefkern.losses._forms import check_rows, sequence_form
 from prefkern.losses._head import Head, Reference
 from prefkern.losses.kto import KTOLossType, check_options, kto_loss
+from prefkern.losses.reduce import per_token
 from prefkern.losses.sequences import sequence_logps
-from prefkern.objectives.reduce import per_token
 from prefkern.types import LoRA, LossOutput, Reduction, Temperature
 
 
@@ -76,7 +76,7 @@ def linear_kto_loss(
     where = "linear_kto_loss"
     check_options(where, beta, desirable_weight, undesirable_weight, loss_type, reduction)
     count = check_rows(where, targets, cu_seqlens, ref_logps)
-    desirable = _inputs.flags(where, "is_desirable", is_desirable, like=targets.new_empty(count))
+    desirable = inputs.flags(where, "is_desirable", is_desirable, like=targets.new_empty(count))
     logits = bias, temperature, logit_scale, softcap, ignore_index
     head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
     rows = partial(sequence_logps, targets=targets, cu_seqlens=cu_seqlens, ignore_index=ignore_index)

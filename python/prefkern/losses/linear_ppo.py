@@ -7,9 +7,9 @@ from torch import Tensor
 
 from prefkern.losses._forms import scored_targets, token_form
 from prefkern.losses._head import Head, Reference
+from prefkern.losses.policy import KLEstimator
 from prefkern.losses.ppo import check_options, ppo_loss
-from prefkern.objectives.policy import KLEstimator
-from prefkern.objectives.reduce import TokenReduction
+from prefkern.losses.reduce import TokenReduction
 from prefkern.types import LoRA, LossOutput, Temperature
 
 

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefkern.losses import dpo, kto, orpo, ppo
-from prefkern.objectives.policy import KLEstimator
-from prefkern.objectives.reduce import TokenReduction
+from prefkern.losses.policy import KLEstimator
+from prefkern.losses.reduce import TokenReduction
 from prefkern.types import LossOutput, Reduction
 
 

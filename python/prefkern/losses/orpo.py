@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.losses import inputs
+from prefkern.losses.reduce import reduce_rows, widen
 from prefkern.objectives.orpo import odds_metrics, odds_ratio
-from prefkern.objectives.reduce import reduce_rows, widen
 from prefkern.types import LossOutput, Reduction
 
 
@@ -43,9 +43,9 @@ def orpo_loss(
     """
     where = "orpo_loss"
     beta = check_options(where, beta, reduction)
-    _inputs.rows(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
-    _inputs.required(where, chosen_nll=chosen_nll)
-    _inputs.likelihood(where, chosen_nll, chosen_avg_logps)
+    inputs.rows(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
+    inputs.required(where, chosen_nll=chosen_nll)
+    inputs.likelihood(where, chosen_nll, chosen_avg_logps)
     penalties = odds_ratio(chosen_avg_logps, rejected_avg_logps)
     losses = widen(chosen_nll) + beta * penalties
     shown = odds_metrics(chosen_avg_logps, rejected_avg_logps, chosen_nll, penalties, beta) if metrics else {}
@@ -53,5 +53,5 @@ def orpo_loss(
 
 
 def check_options(where: str, beta: float, reduction: str) -> float:
-    _check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
-    return _check.number(where, "beta", beta, low=0.0)
+    check.one_of(where, "reduction", reduction, ("mean", "sum", "none"))
+    return check.number(where, "beta", beta, low=0.0)

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
-from prefkern.objectives import policy
-from prefkern.objectives.policy import KLEstimator, PolicyOptions
-from prefkern.objectives.reduce import TokenReduction, masked_mean, reduce_tokens, scored
+from prefkern import check
+from prefkern.losses import inputs, policy
+from prefkern.losses.policy import KLEstimator, PolicyOptions
+from prefkern.losses.reduce import TokenReduction, masked_mean, reduce_tokens, scored
 from prefkern.types import LossOutput
 
 
@@ -86,14 +85,14 @@ def ppo_loss(
         reduction,
     )
     optional = {"ref_logps": ref_logps, "entropy": entropy, "values": values, "old_values": old_values}
-    _inputs.tokens(where, cu_seqlens, logps=logps, old_logps=old_logps, optional={**optional, "returns": returns})
+    inputs.tokens(where, cu_seqlens, logps=logps, old_logps=old_logps, optional={**optional, "returns": returns})
     _check_terms(where, logps, ref_logps, kl_coef, entropy, entropy_coef, values, old_values, returns, reduction)
     if reduction.startswith("sequence"):
-        _inputs.sequences(where, "logps", logps, cu_seqlens)
-    normalizer = _inputs.normalizer(where, normalizer, reduction, logps)
-    advantages = _inputs.spread(where, "advantages", advantages, logps, cu_seqlens)
-    mask = _inputs.scored(where, logps, mask, None)
-    value_mask = mask if value_mask is None else _inputs.scored(where, logps, value_mask, None, name="value_mask")
+        inputs.sequences(where, "logps", logps, cu_seqlens)
+    normalizer = inputs.normalizer(where, normalizer, reduction, logps)
+    advantages = inputs.spread(where, "advantages", advantages, logps, cu_seqlens)
+    mask = inputs.scored(where, logps, mask, None)
+    value_mask = mask if value_mask is None else inputs.scored(where, logps, value_mask, None, name="value_mask")
 
     lp, old, A = scored(logps, mask), scored(old_logps, mask), scored(advantages, mask).detach()
     losses = policy.clipped_policy(lp, old, A, options)
@@ -141,10 +140,10 @@ def value_loss(
         TypeError, ValueError: a wrong dtype, shape, device, option or range, by name.
     """
     where = "value_loss"
-    _check.number(where, "cliprange_value", cliprange_value, low=0.0, open_low=True)
-    _inputs.tokens(where, cu_seqlens, values=values, old_values=old_values, returns=returns)
-    mask = _inputs.scored(where, values, mask, None)
-    normalizer = _inputs.normalizer(where, normalizer, "token", values)
+    check.number(where, "cliprange_value", cliprange_value, low=0.0, open_low=True)
+    inputs.tokens(where, cu_seqlens, values=values, old_values=old_values, returns=returns)
+    mask = inputs.scored(where, values, mask, None)
+    normalizer = inputs.normalizer(where, normalizer, "token", values)
     return _value(values, old_values, returns, mask, cliprange_value, normalizer, metrics)
 
 
@@ -178,16 +177,16 @@ def check_options(
     cliprange_value: float,
     reduction: str,
 ) -> PolicyOptions:
-    _check.one_of(where, "reduction", reduction, ("token", "sequence", "sequence_sum", "none"))
-    _check.one_of(where, "kl_estimator", kl_estimator, ("k1", "k2", "k3"))
-    _check.number(where, "kl_coef", kl_coef, low=0.0)
-    _check.number(where, "entropy_coef", entropy_coef, low=0.0)
-    _check.number(where, "vf_coef", vf_coef, low=0.0)
-    _check.number(where, "cliprange_value", cliprange_value, low=0.0, open_low=True)
-    low = _check.number(where, "cliprange", cliprange, low=0.0, high=1.0)
-    high = low if cliprange_high is None else _check.number(where, "cliprange_high", cliprange_high, low=0.0)
+    check.one_of(where, "reduction", reduction, ("token", "sequence", "sequence_sum", "none"))
+    check.one_of(where, "kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    check.number(where, "kl_coef", kl_coef, low=0.0)
+    check.number(where, "entropy_coef", entropy_coef, low=0.0)
+    check.number(where, "vf_coef", vf_coef, low=0.0)
+    check.number(where, "cliprange_value", cliprange_value, low=0.0, open_low=True)
+    low = check.number(where, "cliprange", cliprange, low=0.0, high=1.0)
+    high = low if cliprange_high is None else check.number(where, "cliprange_high", cliprange_high, low=0.0)
     if delta is not None:
-        delta = _check.number(where, "delta", delta, low=1.0, open_low=True)
+        delta = check.number(where, "delta", delta, low=1.0, open_low=True)
     return PolicyOptions(low, high, delta)
 
 
@@ -205,16 +204,16 @@ def _check_terms(
 ) -> None:
     """Every option has the inputs that it reads, and they can do what it asks of them."""
     if kl_coef and ref_logps is None:
-        _check.fail(where, f"kl_coef={kl_coef} needs ref_logps, got None")
+        check.fail(where, f"kl_coef={kl_coef} needs ref_logps, got None")
     if entropy_coef:
         if entropy is None:
-            _check.fail(where, f"entropy_coef={entropy_coef} needs entropy, got None")
+            check.fail(where, f"entropy_coef={entropy_coef} needs entropy, got None")
         if torch.is_grad_enabled() and logps.requires_grad and not entropy.requires_grad:
-            _check.fail(where, f"entropy_coef={entropy_coef} needs an entropy with a gradient (entropy_grad=True)")
+            check.fail(where, f"entropy_coef={entropy_coef} needs an entropy with a gradient (entropy_grad=True)")
     given = [
         name for name, x in (("values", values), ("old_values", old_values), ("returns", returns)) if x is not None
     ]
     if len(given) not in (0, 3):
-        _check.fail(where, f"values, old_values and returns come together, got only {' and '.join(given)}")
+        check.fail(where, f"values, old_values and returns come together, got only {' and '.join(given)}")
     if reduction == "none" and (entropy_coef or given):
-        _check.fail(where, "reduction='none' is per token, without entropy and value terms: use value_loss beside it")
+        check.fail(where, "reduction='none' is per token, without entropy and value terms: use value_loss beside it")

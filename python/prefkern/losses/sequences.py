@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
+from prefkern import check
+from prefkern.losses import inputs
 from prefkern.objectives import sequences
 from prefkern.types import PairLogps
 
@@ -30,15 +30,15 @@ def shift_labels(
         TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
     """
     where = "shift_labels"
-    _inputs.required(where, input_ids=input_ids)
-    _check.integer(where, input_ids=input_ids)
+    inputs.required(where, input_ids=input_ids)
+    check.integer(where, input_ids=input_ids)
     if input_ids.ndim == 0 or (cu_seqlens is not None and input_ids.ndim != 1):
         layout = "[B, T] or [T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
-        _check.fail(where, f"input_ids must be {layout}, got {_check.describe(input_ids)}")
-    mask = _check.mask(where, "mask", mask, input_ids.shape)
-    _check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
+        check.fail(where, f"input_ids must be {layout}, got {check.describe(input_ids)}")
+    mask = check.mask(where, "mask", mask, input_ids.shape)
+    check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
-        _check.offsets(where, cu_seqlens, input_ids.numel())
+        check.offsets(where, cu_seqlens, input_ids.numel())
     return sequences.shift_labels(input_ids, mask=mask, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
 
 
@@ -69,9 +69,9 @@ def sequence_logps(
         TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
     """
     where = "sequence_logps"
-    _inputs.tokens(where, cu_seqlens, logps=logps)
-    _inputs.sequences(where, "logps", logps, cu_seqlens)
-    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
+    inputs.tokens(where, cu_seqlens, logps=logps)
+    inputs.sequences(where, "logps", logps, cu_seqlens)
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
     return sequences.sequence_logps(logps, mask, cu_seqlens, average=average)
 
 
@@ -102,14 +102,14 @@ def pair_logps(
         TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value, offset or ``ld_alpha``.
     """
     where = "pair_logps"
-    _inputs.tokens(where, cu_seqlens, logps=logps)
-    check_even(where, _inputs.sequences(where, "logps", logps, cu_seqlens))
+    inputs.tokens(where, cu_seqlens, logps=logps)
+    check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
     if ld_alpha is not None:
-        ld_alpha = _check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
-    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
+        ld_alpha = check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
     return sequences.pair_logps(logps, mask, cu_seqlens, ld_alpha=ld_alpha, average=average)
 
 
 def check_even(where: str, count: int) -> None:
     if count % 2:
-        _check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")
+        check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")

@@ -3,8 +3,9 @@
 Importing the package declares every objective (``declare.OBJECTIVES``).
 """
 
-from prefkern.objectives import cpo, distillation, kto, likelihood, orpo, policy, preference
-from prefkern.objectives.declare import OBJECTIVES, Objective, objective
+from prefkern.losses import policy, preference
+from prefkern.losses.objective import OBJECTIVES, Objective, objective
+from prefkern.objectives import cpo, distillation, kto, likelihood, orpo
 
 __all__ = [
     "OBJECTIVES",

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.objectives.declare import objective
-from prefkern.objectives.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs
-from prefkern.objectives.reduce import widen
+from prefkern.losses.objective import objective
+from prefkern.losses.preference import PAIR_LOSSES, PairLoss, PairOptions, Pairs
+from prefkern.losses.reduce import widen
 
 CPOLossType = Literal["sigmoid", "hinge", "ipo", "simpo"]
 CPO_LOSSES: dict[str, PairLoss] = {

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefkern.objectives.declare import objective
+from prefkern.losses.objective import objective
 from prefkern.objectives.orpo import log1mexp
 
 

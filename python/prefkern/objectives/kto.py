@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefkern.objectives.declare import Objective, objective
-from prefkern.objectives.reduce import divide, masked_mean, widen
+from prefkern.losses.objective import Objective, objective
+from prefkern.losses.reduce import divide, masked_mean, widen
 
 
 class KTOOptions(NamedTuple):

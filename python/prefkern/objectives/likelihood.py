@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from prefkern.objectives.declare import objective
-from prefkern.objectives.reduce import scored
+from prefkern.losses.objective import objective
+from prefkern.losses.reduce import scored
 
 
 @objective("token")

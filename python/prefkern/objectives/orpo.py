@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.objectives.declare import objective
-from prefkern.objectives.reduce import masked_mean, widen
+from prefkern.losses.objective import objective
+from prefkern.losses.reduce import masked_mean, widen
 
 
 def log1mexp(x: Tensor) -> Tensor:

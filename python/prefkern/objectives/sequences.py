@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prefkern.objectives.reduce import divide, per_token, scored, sequence_ids, sequence_lengths, sequence_sums
+from prefkern.losses.reduce import divide, per_token, scored, sequence_ids, sequence_lengths, sequence_sums
 from prefkern.types import PairLogps
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefkern.kernels.interface import LogitForm
 from prefkern.testing.inputs import HeadCase, head_case
 from prefkern.testing.oracles import HeadGrads, _cast, _logits, _wide
-from prefkern.types import LogitForm
 
 _INF = float("inf")
 _PLAIN = LogitForm()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkern import _check
-from prefkern._check import require
+from prefkern import check
+from prefkern.check import require
 
 if TYPE_CHECKING:
     from prefkern.integrations.ppo.trainer import PPOTrainer
@@ -42,7 +42,7 @@ def save(trainer: "PPOTrainer", folder: Path | None = None) -> Path:
 def load(trainer: "PPOTrainer", folder: Path) -> None:
     file = folder / STATE
     if not file.is_file():
-        _check.fail("PPOTrainer", f"{folder} must be a checkpoint of this trainer, got a folder without {STATE}")
+        check.fail("PPOTrainer", f"{folder} must be a checkpoint of this trainer, got a folder without {STATE}")
     state = json.loads(file.read_text())
     changed = {
         name: (value, now)
@@ -51,7 +51,7 @@ def load(trainer: "PPOTrainer", folder: Path) -> None:
     }
     if changed:
         found = "; ".join(f"{name}: {value!r} there, {now!r} here" for name, (value, now) in changed.items())
-        _check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
+        check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
     trainer.accelerator.load_state(str(folder))
     trainer.global_step, trainer.episode = state["global_step"], state["episode"]
     trainer.controller.coef = state["kl_coef"]

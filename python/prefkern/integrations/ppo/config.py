@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prefkern import _check
+from prefkern import check
 
 WHERE = "PPOConfig"
 
@@ -132,21 +132,21 @@ class PPOConfig:
         for name, interval in _REAL.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                setattr(self, name, _check.number(WHERE, name, value, **interval))
+                setattr(self, name, check.number(WHERE, name, value, **interval))
         for name, allowed in _CHOICES.items():
-            _check.one_of(WHERE, name, getattr(self, name), allowed)
+            check.one_of(WHERE, name, getattr(self, name), allowed)
         for first, second in _EITHER:
             if getattr(self, first) is not None and getattr(self, second) is not None:
-                _check.fail(WHERE, f"{first} and {second} say the same thing: give one of them, not both")
+                check.fail(WHERE, f"{first} and {second} say the same thing: give one of them, not both")
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            _check.fail(
+            check.fail(
                 WHERE,
                 "kl_in='loss' needs kl_estimator='k2' or 'k3', got 'k1', whose gradient knows no reference",
             )
 
     def _whole(self, name: str, value: Any, low: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            _check.fail(WHERE, f"{name} must be an integer of at least {low}, got {value!r}")
+            check.fail(WHERE, f"{name} must be an integer of at least {low}, got {value!r}")
 
     def parts(self, episodes: int) -> int:
         """The number of mini-batches that so many episodes are cut into."""

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefkern import _check
+from prefkern import check
 
 WHERE = "PPOTrainer.step"
 Ids = NDArray[np.int64]
@@ -38,30 +38,30 @@ def tokens(where: str, name: str, given: Any, tokenizer: Any) -> list[Ids]:
     """Rows of token ids: one-dimensional tensors, lists of ids, or strings and lists of messages, which the tokenizer
     encodes."""
     if isinstance(given, str) or not isinstance(given, Sequence | Tensor | np.ndarray):
-        _check.fail_type(where, f"{name} must be a list with one tensor of token ids each, got {type(given).__name__}")
+        check.fail_type(where, f"{name} must be a list with one tensor of token ids each, got {type(given).__name__}")
     return [_row(where, f"{name}[{index}]", row, tokenizer) for index, row in enumerate(given)]
 
 
 def _row(where: str, name: str, row: Any, tokenizer: Any) -> Ids:
     if isinstance(row, list | tuple) and len(row) and isinstance(row[0], dict):
         if tokenizer is None or not tokenizer.chat_template:
-            _check.fail(where, f"{name} is a list of messages, which needs a tokenizer with a chat template")
+            check.fail(where, f"{name} is a list of messages, which needs a tokenizer with a chat template")
         row = tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=True)["input_ids"]
     elif isinstance(row, str):
         if tokenizer is None:
-            _check.fail_type(where, f"{name} is a string, which needs a tokenizer; pass token ids")
+            check.fail_type(where, f"{name} is a string, which needs a tokenizer; pass token ids")
         row = tokenizer(row, add_special_tokens="responses" not in name)["input_ids"]
     if isinstance(row, Tensor):
         row = row.detach().cpu().numpy()
     array = np.asarray(row)
     if array.ndim != 1:
-        _check.fail(where, f"{name} must have one dimension, got shape {array.shape}; pass one row for each episode")
+        check.fail(where, f"{name} must have one dimension, got shape {array.shape}; pass one row for each episode")
     if array.size and array.dtype.kind not in "iu":
-        _check.fail_type(where, f"{name} must hold token ids (int64), got {array.dtype}")
+        check.fail_type(where, f"{name} must hold token ids (int64), got {array.dtype}")
     return array.astype(np.int64)
 
 
-def check(
+def check_step(
     queries: Any,
     responses: Any,
     rewards: Any,
@@ -78,14 +78,14 @@ def check(
     columns = {"rewards": rewards, "response_masks": response_masks, "ref_logps": ref_logps}
     for name, column in columns.items():
         if column is not None and not hasattr(column, "__len__"):
-            _check.fail_type(WHERE, f"{name} must be a list with one entry per response, got {type(column).__name__}")
+            check.fail_type(WHERE, f"{name} must be a list with one entry per response, got {type(column).__name__}")
     lengths = {"queries": len(query_rows), "responses": len(response_rows)}
     lengths |= {name: len(column) for name, column in columns.items() if column is not None}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{count} {name}" for name, count in lengths.items())
-        _check.fail(WHERE, f"there must be one response and one reward for every query, got {found}")
+        check.fail(WHERE, f"there must be one response and one reward for every query, got {found}")
     if not query_rows:
-        _check.fail(WHERE, "queries must hold at least one query, got none")
+        check.fail(WHERE, "queries must hold at least one query, got none")
     return [
         _episode(
             index,
@@ -104,35 +104,33 @@ def _episode(i: int, query: Ids, response: Ids, reward: Any, mask: Any, ref_logp
     for name, row in ((f"queries[{i}]", query), (f"responses[{i}]", response)):
         if not len(row):
             why = "a response needs a token before it" if name[0] == "q" else "there is nothing to learn from"
-            _check.fail(WHERE, f"{name} must have at least one token, got none: {why}")
+            check.fail(WHERE, f"{name} must have at least one token, got none: {why}")
         if row.min() < 0 or row.max() >= limits.vocabulary:
             wrong = row[(row < 0) | (row >= limits.vocabulary)][0]
-            _check.fail(WHERE, f"{name} must hold ids in [0, {limits.vocabulary}), the model's vocabulary, got {wrong}")
+            check.fail(WHERE, f"{name} must hold ids in [0, {limits.vocabulary}), the model's vocabulary, got {wrong}")
     total = len(query) + len(response)
     if limits.positions is not None and total > limits.positions:
-        _check.fail(
+        check.fail(
             WHERE,
             f"queries[{i}] and responses[{i}] together must have at most the model's {limits.positions} positions, "
             f"got {len(query)} + {len(response)} = {total} tokens",
         )
     values = _numbers(f"rewards[{i}]", reward)
     if values.size not in (1, len(response)):
-        _check.fail(
+        check.fail(
             WHERE, f"rewards[{i}] must be one number, or one for each of {len(response)} tokens, got {values.size}"
         )
     scored = np.ones(len(response), dtype=np.bool_)
     if mask is not None:
         flags = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
         if flags.shape != response.shape or not np.isin(flags, (0, 1)).all():
-            _check.fail(
-                WHERE, f"response_masks[{i}] must hold 0 or 1 for each of {len(response)} tokens, got {flags!r}"
-            )
+            check.fail(WHERE, f"response_masks[{i}] must hold 0 or 1 for each of {len(response)} tokens, got {flags!r}")
         scored = flags.astype(np.bool_)
         if not scored.any():
-            _check.fail(WHERE, f"response_masks[{i}] must mark at least one token that the policy wrote, got none")
+            check.fail(WHERE, f"response_masks[{i}] must mark at least one token that the policy wrote, got none")
     given = None if ref_logps is None else _numbers(f"ref_logps[{i}]", ref_logps)
     if given is not None and given.shape != response.shape:
-        _check.fail(
+        check.fail(
             WHERE, f"ref_logps[{i}] must be one number for each of {len(response)} tokens, got shape {given.shape}"
         )
     if values.size == 1:
@@ -146,9 +144,9 @@ def _numbers(name: str, given: Any) -> NDArray[np.float64]:
     except (TypeError, ValueError) as error:
         raise TypeError(f"prefkern.{WHERE}: {name} must be a number or numbers, got {type(given).__name__}") from error
     if array.ndim > 1:
-        _check.fail(WHERE, f"{name} must be one number or one per token, got shape {array.shape}")
+        check.fail(WHERE, f"{name} must be one number or one per token, got shape {array.shape}")
     if not np.isfinite(array).all():
-        _check.fail(WHERE, f"{name} must be finite, got {array if array.size < 9 else array[~np.isfinite(array)][0]}")
+        check.fail(WHERE, f"{name} must be finite, got {array if array.size < 9 else array[~np.isfinite(array)][0]}")
     return array
 
 

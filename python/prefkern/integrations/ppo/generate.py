@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern._check import require
+from prefkern import check
+from prefkern.check import require
 from prefkern.integrations.ppo import models
 from prefkern.integrations.ppo.episodes import Ids
 
@@ -36,7 +36,7 @@ def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[
                 del settings[name]
     longest = max(len(query) for query in queries) + settings["max_new_tokens"]
     if trainer.limits.positions is not None and longest > trainer.limits.positions:
-        _check.fail(
+        check.fail(
             "PPOTrainer.generate",
             f"the longest query and {settings['max_new_tokens']} new tokens must fit the model's "
             f"{trainer.limits.positions} positions, got {longest}: shorten the queries or response_length",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefkern._check import require
+from prefkern.check import require
 from prefkern.integrations.ppo import checkpoint, prompts
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check
+from prefkern import check
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.integrations.ppo.config import PPOConfig
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.objectives.reduce import widen
+from prefkern.losses.reduce import widen
 
 WHERE = "PPOTrainer"
 
@@ -157,27 +157,27 @@ def check_policy(name: str, model: Any) -> None:
         None,
         _plain(model),
     ):
-        _check.fail_type(
+        check.fail_type(
             WHERE, f"{name} must be a causal language model of transformers (or peft), got {type(model).__name__}"
         )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or hasattr(head, "lora_A"):
-        _check.fail(
+        check.fail(
             WHERE,
             f"{name} must have a plain linear output layer, got {type(head).__name__}: leave it out of the adapter's "
             "target_modules and modules_to_save, or merge the adapter first",
         )
     if is_peft(model) and model.active_peft_config.is_prompt_learning:
-        _check.fail(WHERE, f"{name} must not have a prompt-learning adapter, whose virtual tokens shift every position")
+        check.fail(WHERE, f"{name} must not have a prompt-learning adapter, whose virtual tokens shift every position")
 
 
 def check_reference(model: Any, ref_model: Any) -> None:
     check_policy("ref_model", ref_model)
     if ref_model is model:
-        _check.fail(WHERE, "ref_model must be another object than model (None makes a frozen copy)")
+        check.fail(WHERE, "ref_model must be another object than model (None makes a frozen copy)")
     vocabularies = [each.get_output_embeddings().weight.shape[0] for each in (model, ref_model)]
     if vocabularies[0] != vocabularies[1]:
-        _check.fail(
+        check.fail(
             WHERE,
             "model and ref_model must have one vocabulary, got "
             f"{vocabularies[0]} and {vocabularies[1]} rows in their output layers",
@@ -186,14 +186,14 @@ def check_reference(model: Any, ref_model: Any) -> None:
 
 def check_value_model(value_model: Any) -> None:
     if not hasattr(_plain(value_model), "base_model") or not hasattr(value_model, "config"):
-        _check.fail_type(
+        check.fail_type(
             WHERE,
             "value_model must be a model of transformers, such as AutoModelForSequenceClassification with "
             f"num_labels=1, got {type(value_model).__name__}",
         )
     score = getattr(_plain(value_model), "score", None)
     if score is not None and score.weight.shape[0] != 1:
-        _check.fail(WHERE, f"value_model must have one label (num_labels=1), got {score.weight.shape[0]}")
+        check.fail(WHERE, f"value_model must have one label (num_labels=1), got {score.weight.shape[0]}")
 
 
 def make_reference(model: Any, ref_model: Any, args: PPOConfig) -> ActorCritic | None:

@@ -12,7 +12,7 @@ from prefkern.integrations.ppo.models import Scores
 from prefkern.integrations.ppo.rollout import Rollout, Rows, deal, mini_batches
 from prefkern.integrations.ppo.stats import Means
 from prefkern.losses import ppo_loss, value_loss
-from prefkern.objectives.reduce import masked_mean
+from prefkern.losses.reduce import masked_mean
 
 if TYPE_CHECKING:
     from prefkern.integrations.ppo.trainer import PPOTrainer

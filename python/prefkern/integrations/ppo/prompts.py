@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prefkern import _check
+from prefkern import check
 from prefkern.integrations.ppo import episodes
 
 WHERE = "PPOTrainer.train"
@@ -19,9 +19,9 @@ class Prompts:
 
     def __init__(self, dataset: Any, tokenizer: Any) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, str | dict):
-            _check.fail_type(WHERE, f"dataset must be a list or a datasets.Dataset, got {type(dataset).__name__}")
+            check.fail_type(WHERE, f"dataset must be a list or a datasets.Dataset, got {type(dataset).__name__}")
         if not len(dataset):
-            _check.fail(WHERE, "dataset must hold at least one row, got none")
+            check.fail(WHERE, "dataset must hold at least one row, got none")
         self._dataset, self._tokenizer = dataset, tokenizer
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Prompts:
         queries = episodes.tokens(WHERE, "queries", [columns["prompt"] for columns in found], self._tokenizer)
         for row, query in zip(rows, queries, strict=True):
             if not len(query):
-                _check.fail(WHERE, f"dataset[{row}] must have at least one token, got none")
+                check.fail(WHERE, f"dataset[{row}] must have at least one token, got none")
         return queries, found
 
     def _columns(self, row: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Prompts:
             return {"prompt": entry}
         name = next((name for name in NAMES if name in entry), None)
         if name is None:
-            _check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
+            check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
         return {**entry, "prompt": entry[name]}
 
 
@@ -69,5 +69,5 @@ def rewards(
     named = {name: column for name, column in extra.items() if everything or name in known}
     given = list(reward_fn([row["prompt"] for row in columns], shown, **named))
     if len(given) != len(responses):
-        _check.fail(WHERE, f"reward_fn must return one reward per response, got {len(given)} for {len(responses)}")
+        check.fail(WHERE, f"reward_fn must return one reward per response, got {len(given)} for {len(responses)}")
     return given

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern._check import require
+from prefkern import check
+from prefkern.check import require
 from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, stats
-from prefkern.integrations.ppo.accelerator import make_accelerator
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.controller import KLController
 from prefkern.integrations.ppo.optimise import optimise
 from prefkern.integrations.ppo.rollout import Rollout, deal
+from prefkern.integrations.ppo.state import make_accelerator
 
 WHERE = "PPOTrainer"
 
@@ -59,7 +59,7 @@ class PPOTrainer:
         accelerate = require("accelerate", "PPOTrainer", "pip install 'prefkern[ppo]'")
         args = PPOConfig() if args is None else args
         if not isinstance(args, PPOConfig):
-            _check.fail_type(WHERE, f"args must be a PPOConfig, got {_check.describe(args)}")
+            check.fail_type(WHERE, f"args must be a PPOConfig, got {check.describe(args)}")
         models.check_policy("model", model)
         if value_model is not None:
             models.check_value_model(value_model)
@@ -147,7 +147,7 @@ class PPOTrainer:
             error: Exception | None = None
             mine: list[episodes.Episode] = []
             try:
-                mine = episodes.check(*given, tokenizer=self.tokenizer, limits=self.limits)
+                mine = episodes.check_step(*given, tokenizer=self.tokenizer, limits=self.limits)
                 self._check_reference(given[-1])
             except (TypeError, ValueError) as refused:
                 error = refused
@@ -157,12 +157,12 @@ class PPOTrainer:
                     raise other
             together = [each for part, _ in found for each in part]
             if len({each.ref_logps is None for each in together}) > 1:
-                _check.fail("PPOTrainer.step", "ref_logps must be given on all processes or on none")
+                check.fail("PPOTrainer.step", "ref_logps must be given on all processes or on none")
             return Rollout(together, self.args)
 
     def _check_reference(self, ref_logps: Any) -> None:
         if self.args.kl_coef and ref_logps is None and self.reference is None and not self.adapter_is_off_in_reference:
-            _check.fail("PPOTrainer.step", "ref_logps must be given, as reference='given' and kl_coef is not 0")
+            check.fail("PPOTrainer.step", "ref_logps must be given, as reference='given' and kl_coef is not 0")
 
     @torch.no_grad()
     def _score(self, rollout: Rollout) -> None:
@@ -218,7 +218,7 @@ class PPOTrainer:
         rows = episodes.tokens("PPOTrainer.generate", "queries", queries, self.tokenizer)
         for index, row in enumerate(rows):
             if not len(row):
-                _check.fail("PPOTrainer.generate", f"queries[{index}] must have at least one token, got none")
+                check.fail("PPOTrainer.generate", f"queries[{index}] must have at least one token, got none")
         with self.phases("generate"):
             responses = generate.generate(self, rows, **options) if rows else []
         self.phases.tokens["generate"] += sum(len(response) for response in responses)

@@ -1,0 +1,126 @@
+"""Checks that several losses share: rows, tokens in both layouts, what is scored, normalisers."""
+
+import torch
+from torch import Tensor
+
+from prefkern import check
+from prefkern.losses.reduce import per_token
+from prefkern.objectives.sequences import scored_mask
+
+
+def required(where: str, **named: Tensor) -> None:
+    """Every argument is a tensor: the checks of `prefkern.check` take None for one that was left out."""
+    for name, value in named.items():
+        check.tensor(where, name, value)
+
+
+def rows(where: str, *, optional: dict[str, Tensor | None] | None = None, **named: Tensor) -> None:
+    """Floating tensors of one shape ``[B]`` on one device; an optional one may be None."""
+    required(where, **named)
+    _rows(where, **named, **(optional or {}))
+
+
+def _rows(where: str, **named: Tensor | None) -> None:
+    check.floating(where, **named)
+    for name, value in named.items():
+        if value is not None and value.ndim != 1:
+            check.fail(where, f"{name} must be [B], one value per sequence, got {check.describe(value)}")
+    check.same_shape(where, **named)
+    check.same_device(where, **named)
+
+
+def tokens(
+    where: str, cu_seqlens: Tensor | None, *, optional: dict[str, Tensor | None] | None = None, **named: Tensor
+) -> None:
+    """Floating tensors of one shape on one device, padded ``[B, T]`` or packed ``[N]``; an optional one may be None."""
+    required(where, **named)
+    _tokens(where, cu_seqlens, **named, **(optional or {}))
+
+
+def _tokens(where: str, cu_seqlens: Tensor | None, **named: Tensor | None) -> None:
+    check.floating(where, **named)
+    for name, value in named.items():
+        if value is not None and value.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
+            layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
+            check.fail(where, f"{name} must be {layout}, got {check.describe(value)}")
+    check.same_shape(where, **named)
+    check.same_device(where, **named, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        total = next(value.numel() for value in named.values() if value is not None)
+        check.offsets(where, cu_seqlens, total)
+
+
+def sequences(where: str, name: str, value: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The number of sequences in ``value``: its rows, or those of cu_seqlens, which a packed one needs."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1
+    if value.ndim != 2:
+        check.fail(where, f"{name} is packed, {check.describe(value)}: its sequences need cu_seqlens [S + 1]")
+    return value.shape[0]
+
+
+def scored(
+    where: str,
+    like: Tensor,
+    mask: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int = -100,
+    *,
+    name: str = "mask",
+) -> Tensor | None:
+    """The bool mask of scored tokens, shaped like ``like``; None is all of them."""
+    check.integer(where, targets=targets)
+    if targets is not None and targets.shape != like.shape:
+        check.fail(where, f"targets must have shape {tuple(like.shape)}, got {check.describe(targets)}")
+    mask = check.mask(where, name, mask, like.shape)
+    check.same_device(where, logps=like, targets=targets, **{name: mask})
+    return scored_mask(mask, targets, ignore_index)
+
+
+def flags(where: str, name: str, value: Tensor, like: Tensor) -> Tensor:
+    """A bool per element of ``like``, from bool or 0/1."""
+    required(where, **{name: value})
+    checked = scored(where, like, value, None, name=name)
+    assert checked is not None
+    return checked
+
+
+def likelihood(where: str, chosen_nll: Tensor | None, like: Tensor) -> None:
+    """A negative log-likelihood of the chosen: one scalar, or one value per pair; or none."""
+    check.floating(where, chosen_nll=chosen_nll)
+    if chosen_nll is not None and chosen_nll.ndim != 0 and chosen_nll.shape != like.shape:
+        check.fail(where, f"chosen_nll must be a scalar or {tuple(like.shape)}, got {check.describe(chosen_nll)}")
+    check.same_device(where, chosen_logps=like, chosen_nll=chosen_nll)
+
+
+def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A value per token as it is, one per sequence (``[B]``, packed ``[S]``) as one per token."""
+    required(where, **{name: value})
+    check.floating(where, **{name: value})
+    check.same_device(where, **{name: value}, logps=like)
+    per_sequence = (like.shape[0],) if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    if (like.ndim == 2 or cu_seqlens is not None) and value.shape == per_sequence:
+        return per_token(value, like, cu_seqlens)
+    if value.shape != like.shape:
+        check.fail(
+            where,
+            f"{name} must be {tuple(like.shape)}, per token, or {per_sequence}, per sequence, "
+            f"got {check.describe(value)}",
+        )
+    return value
+
+
+def normalizer(where: str, value: Tensor | float | None, reduction: str, like: Tensor) -> Tensor | float | None:
+    """A count to divide by: a number or a tensor of one element, brought to the device of ``like``; not negative (of a
+    tensor checked on the CPU only)."""
+    if value is None:
+        return None
+    if reduction in ("none", "sum"):
+        check.fail(where, f"reduction={reduction!r} divides by nothing: leave normalizer out, got {value!r}")
+    if not isinstance(value, Tensor):
+        return check.number(where, "normalizer", value, low=0.0)
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        check.fail(where, f"normalizer must be a number or a tensor of one element, got {check.describe(value)}")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= value.item() < float("inf"):
+        check.fail(where, f"normalizer must be finite and not negative, got {value.item()}")
+    return value.detach().reshape(()).to(like.device, non_blocking=True)

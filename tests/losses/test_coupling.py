@@ -1,0 +1,89 @@
+"""Every objective is coupled as it declares: no wider, and no narrower."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefkern.losses.policy import PolicyOptions
+from prefkern.losses.preference import PairOptions, Pairs
+from prefkern.objectives import OBJECTIVES
+from prefkern.objectives.cpo import CPOOptions
+from prefkern.objectives.kto import KTOOptions
+
+R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
+OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
+LABELS = torch.tensor([True, False, True, True, False, False])
+
+
+def pairs(logps: Tensor) -> Pairs:
+    chosen, rejected = (logps - OTHER).sum(1).chunk(2)
+    lengths = torch.full((R // 2,), T)
+    return Pairs(chosen, rejected, lengths, lengths)
+
+
+def call(name: str, *arguments: object) -> Tensor:
+    return OBJECTIVES[name](*arguments)
+
+
+CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "preference.sigmoid": lambda lp: call("preference.sigmoid", pairs(lp), PairOptions(0.3, 0.1)),
+    "preference.hinge": lambda lp: call("preference.hinge", pairs(lp), PairOptions(0.05)),
+    "preference.ipo": lambda lp: call("preference.ipo", pairs(lp), PairOptions(0.3)),
+    "cpo.cpo": lambda lp: call("cpo.cpo", *lp.sum(1).chunk(2), CPOOptions("simpo", 0.3, 0.1, 0.5, 0.4)),
+    "kto.kto": lambda lp: call("kto.kto", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)),
+    "kto.apo_zero_unpaired": lambda lp: call(
+        "kto.apo_zero_unpaired", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)
+    ),
+    "kto.kto_kl": lambda lp: call(
+        "kto.kto", (lp - OTHER).sum(1), LABELS, call("kto.kto_kl", lp.sum(1), OTHER.sum(1) - 9.0, None), KTOOptions(0.3)
+    ),
+    "orpo.odds_ratio": lambda lp: call("orpo.odds_ratio", *lp.mean(1).chunk(2)),
+    "likelihood.negative_log_likelihood": lambda lp: call("likelihood.negative_log_likelihood", lp, None, OTHER),
+    "policy.clipped_policy": lambda lp: call(
+        "policy.clipped_policy", lp, OTHER, OTHER.flip(0), PolicyOptions(0.9, 50.0, 60.0)
+    ),
+    "policy.kl_penalty": lambda lp: call("policy.kl_penalty", lp, OTHER, "k3"),
+    "distillation.topk_kl": lambda lp: call(
+        "distillation.topk_kl", torch.stack([lp - 1.0, lp - 2.0], -1), torch.stack([OTHER, OTHER - 1.0], -1) - 3.0, True
+    ),
+    "policy.clipped_value": lambda lp: call("policy.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
+}
+
+GROUPS = {
+    "token": {(0, 0)},
+    "sequence": {(0, t) for t in range(T)},
+    "pair": {(r, t) for r in (0, R // 2) for t in range(T)},
+    "batch": {(r, t) for r in range(R) for t in range(T)},
+}
+NARROWER = {"token": None, "sequence": "token", "pair": "sequence", "batch": "pair"}
+
+
+def gradient(values: Callable[[Tensor], Tensor], logps: Tensor) -> float:
+    logps = logps.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(values(logps).sum(), logps)
+    return grad[0, 0].item()
+
+
+def test_every_objective_has_a_case() -> None:
+    assert set(CASES) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_depends_on_its_group_and_on_nothing_else(name: str) -> None:
+    coupling = OBJECTIVES[name].coupling
+    base = -torch.rand(R, T, dtype=torch.float64) - 0.1
+    before = gradient(CASES[name], base)
+    assert before != 0.0
+    changed = set()
+    for r, t in GROUPS["batch"] - {(0, 0)}:
+        for moved in (-0.05, -90.0):
+            perturbed = base.clone()
+            perturbed[r, t] += moved
+            if gradient(CASES[name], perturbed) != before:
+                changed.add((r, t))
+    assert changed <= GROUPS[coupling], "a token outside the declared group changes the gradient"
+    narrower = NARROWER[coupling]
+    if narrower is not None:
+        assert changed - GROUPS[narrower], f"nothing beyond the {narrower} matters: the declaration is too wide"

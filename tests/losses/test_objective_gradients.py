@@ -1,0 +1,103 @@
+"""Every objective's gradient in float64 against finite differences, away from its kinks."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from prefkern.losses.policy import PolicyOptions
+from prefkern.losses.preference import PairOptions, Pairs
+from prefkern.objectives import OBJECTIVES
+from prefkern.objectives.cpo import CPOOptions
+from prefkern.objectives.kto import KTOOptions
+from prefkern.objectives.orpo import log_odds_ratio
+from prefkern.objectives.sequences import pair_logps, sequence_logps
+
+
+def rows(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+CHOSEN, REJECTED = rows(2.0, -1.0, 0.3, 40.0), rows(-1.0, 3.0, 0.2, -25.0)
+N_CHOSEN, N_REJECTED = torch.tensor([4, 2, 1, 7]), torch.tensor([2, 3, 5, 6])
+MASK = torch.tensor([[True, True, False], [False, False, False], [True, True, True], [True, False, True]])
+
+
+def pair(name: str, smoothing: float = 0.0):
+    def values(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return OBJECTIVES[name](Pairs(chosen, rejected, N_CHOSEN, N_REJECTED), PairOptions(0.5, smoothing))
+
+    return values, (CHOSEN, REJECTED)
+
+
+def unpaired(name: str):
+    labels = torch.tensor([True, False, False, True])
+    return lambda D: OBJECTIVES[name](D, labels, 0.4, KTOOptions(0.5, 1.5, 0.8)), (CHOSEN,)
+
+
+def contrastive(loss_type: str, smoothing: float, alpha: float):
+    options = CPOOptions(loss_type, 0.5, smoothing, 0.7, alpha)
+    return lambda c, r: OBJECTIVES["cpo.cpo"](c, r, options), (rows(-0.1, -1.0, -3.0), rows(-0.7, -0.05, -2.5))
+
+
+LP, OLD = rows(-1.0, -2.0, -0.5, -3.0, -1.0, -9.0), rows(-1.1, -1.0, -0.9, -3.05, -2.0, -3.0)
+A = rows(1.0, -2.0, 0.5, -1.0, -3.0, 2.0)
+
+STUDENT = torch.tensor([[0.2, 0.3, 0.1], [0.6, 0.1, 0.299], [1e-3, 1e-4, 2e-5]], dtype=torch.float64).log()
+TEACHER = torch.tensor([[0.5, 0.2, 0.0], [0.3, 0.3, 0.3], [0.9, 0.05, 0.04]], dtype=torch.float64).log()
+
+CASES = {
+    "preference.sigmoid": pair("preference.sigmoid"),
+    "preference.sigmoid smoothed": pair("preference.sigmoid", 0.2),
+    "preference.hinge": pair("preference.hinge"),
+    "preference.ipo": pair("preference.ipo"),
+    "kto.kto": unpaired("kto.kto"),
+    "kto.apo_zero_unpaired": unpaired("kto.apo_zero_unpaired"),
+    "cpo.cpo sigmoid": contrastive("sigmoid", 0.1, 0.0),
+    "cpo.cpo simpo": contrastive("simpo", 0.0, 0.3),
+    "cpo.cpo hinge": contrastive("hinge", 0.0, -0.4),
+    "cpo.cpo ipo": contrastive("ipo", 0.0, 0.0),
+    "orpo.odds_ratio": (OBJECTIVES["orpo.odds_ratio"], (rows(-0.1, -1.0, -3.0), rows(-0.7, -0.05, -2.5))),
+    "orpo.log_odds_ratio": (log_odds_ratio, (rows(-0.01, -30.0), rows(-5.0, -0.69))),
+    "likelihood.negative_log_likelihood": (
+        lambda lp: OBJECTIVES["likelihood.negative_log_likelihood"](lp, A > 0, OLD),
+        (LP,),
+    ),
+    "policy.clipped_policy": (
+        lambda lp: OBJECTIVES["policy.clipped_policy"](lp, OLD, A, PolicyOptions(0.2, 0.3)),
+        (LP,),
+    ),
+    "policy.clipped_policy dual": (
+        lambda lp: OBJECTIVES["policy.clipped_policy"](lp, OLD, A, PolicyOptions(0.2, 0.3, 1.5)),
+        (LP,),
+    ),
+    "policy.kl_penalty k1": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k1"), (LP,)),
+    "policy.kl_penalty k2": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k2"), (LP,)),
+    "policy.kl_penalty k3": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k3"), (LP,)),
+    "policy.clipped_value": (lambda v: OBJECTIVES["policy.clipped_value"](v, OLD, A, 0.2), (LP,)),
+    "distillation.topk_kl": (lambda lp: OBJECTIVES["distillation.topk_kl"](lp, TEACHER, True), (STUDENT,)),
+    "distillation.topk_kl no tail": (lambda lp: OBJECTIVES["distillation.topk_kl"](lp, TEACHER, False), (STUDENT,)),
+    "sequence_logps": (lambda lp: sequence_logps(lp, MASK, None, average=True), (-torch.rand(4, 3).double(),)),
+    "sequence_logps packed": (
+        lambda lp: sequence_logps(lp, A > 0, torch.tensor([0, 0, 4, 4, 6]), average=False),
+        (LP,),
+    ),
+    "pair_logps": (
+        lambda lp: pair_logps(lp, MASK, None, ld_alpha=0.4, average=False)[:2],
+        (-torch.rand(4, 3).double(),),
+    ),
+}
+
+
+def test_every_differentiable_objective_has_a_case() -> None:
+    assert set(OBJECTIVES) - {"kto.kto_kl"} <= {name.split()[0] for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name: str) -> None:
+    function, inputs = CASES[name]
+    assert gradcheck(function, tuple(x.clone().requires_grad_() for x in inputs), atol=1e-7)
+
+
+def test_kto_kl_has_no_gradient() -> None:
+    assert not OBJECTIVES["kto.kto_kl"](LP.requires_grad_(), OLD, None).requires_grad

@@ -42,11 +42,7 @@ def advantages() -> Cases:
         tokens = {"logps": cells["rewards"], "ref_logps": cells["values"], "scores": last["bootstrap"], "mask": mask}
         for options in choices(kl_estimator=("k1", "k2", "k3"), score_at=("last", "after_last")):
             yield Case("token_rewards", f"{dtype}[{length}]", tokens, options)
-    into = {
-        "rewards": cells["rewards"],
-        "values": cells["values"],
-        "out": (torch.empty(5, 133, dtype=F64), torch.empty(5, 133, dtype=F64)),
-    }
+    into = {**cells, "out": tuple(torch.empty_like(value) for value in cells.values())}
     yield Case("gae", "into given memory", into)
     yield Case("gae", "lists", {"rewards": [[1.0, 2.0], [3.0]], "values": [[0.5, 0.25], [1.5]]})
     rewards = normal(12, seed=6, dtype=F64).index_fill(0, torch.tensor([3]), torch.nan)

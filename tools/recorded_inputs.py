@@ -1,4 +1,4 @@
-"""What `recorded_cases` are made of: a case, and inputs that are seeded one by one, so that a new case changes no other."""
+"""A recorded call, and its inputs: seeded one by one, so that a new call changes no other."""
 
 import itertools
 from collections.abc import Iterator

@@ -81,6 +81,8 @@ def waist() -> Cases:
         yield Case(name, f"autocast {dtype}", given, shared, torch.autocast("cpu", BF16))
         cast = head(200, H=320, V=8192, dtype=dtype)  # slices of the cast weight, blocks of rows
         yield Case(name, f"wide {dtype}", cast, {**shared, "entropy_grad": True})
+    for options in ({}, {"max_memory": 1 << 20}):
+        yield Case(name, "wide float16", head(400, H=320, V=8192, dtype=F16), options)
     spread = {**head(24), "hidden": normal(16, 24, seed=1, grad=True).T}
     for memory in MEMORY:
         yield Case(name, "not contiguous", spread, {"max_memory": memory})
@@ -265,6 +267,7 @@ def divergences() -> Cases:
                 }
                 form |= {"outputs": ("divergence", "entropy"), "max_memory": memory, "ref_temperature": 0.8}
                 yield Case("linear_kl_divergence", f"{dtype} {trained}", given, {**kind, **form})
+    yield Case("linear_kl_divergence", "no rows", {**head(0), **reference(0)})
     for memory in (None, 1 << 20, 0):
         wide = {**head(200, H=320, V=8192, dtype=BF16), **reference(200, V=8192, dtype=BF16)}
         yield Case("linear_kl_divergence", "wide", wide, {"max_memory": memory})

@@ -44,6 +44,8 @@ def advantages() -> Cases:
             yield Case("token_rewards", f"{dtype}[{length}]", tokens, options)
     into = {**cells, "out": tuple(torch.empty_like(value) for value in cells.values())}
     yield Case("gae", "into given memory", into)
+    yield Case("whiten", "lists", {"x": [[1.0, 2.0, 4.0], [3.0]]})
+    yield Case("whiten", "numpy", {"x": cells["values"].numpy()})
     yield Case("gae", "lists", {"rewards": [[1.0, 2.0], [3.0]], "values": [[0.5, 0.25], [1.5]]})
     rewards = normal(12, seed=6, dtype=F64).index_fill(0, torch.tensor([3]), torch.nan)
     for groups, dtype in itertools.product((4, torch.tensor([7, 7, 1, 1, 1, 7, 2, 2, 9, 9, 2, 2])), (F32, F64)):
@@ -87,11 +89,23 @@ def batches() -> Cases:
     for cut, limit in itertools.product(cuts, limits):
         for layout in ("concatenated", "interleaved"):
             yield Case("collate_pairs", "", {"rows": pairs}, {**pad, **cut, **limit, "layout": layout})
+        given = [row | {"KL_completion_ids": row["completion_ids"][::-1]} for row in unpaired]
+        yield Case("collate_unpaired", "KL completions", {"rows": given}, {**pad, **cut, **limit})
         for mismatched in (False, True):
             yield Case("collate_unpaired", "", {"rows": unpaired}, {**pad, **cut, **limit, "mismatched": mismatched})
         yield Case("collate_scored", "", {"rows": scored}, {**pad, **cut, **limit})
+    packed = [
+        {
+            "input_ids": row["chosen_ids"] + row["rejected_ids"],
+            "seq_lengths": [len(row["chosen_ids"]), len(row["rejected_ids"])],
+        }
+        for row in pairs
+    ]
     for options in (*cuts, {"return_position_ids": True}):
+        yield Case("collate_language", "packed", {"rows": packed}, {**pad, **options})
         yield Case("collate_language", "", {"rows": _texts("input_ids")}, {**pad, **options})
+    masks = [row | {"response_mask": [token % 3 > 0 for token in row["response_ids"]]} for row in scored]
+    yield Case("collate_rollouts", "masked", {"rows": masks}, pad)
     sampled = [
         row | {"score": 1.0 * row["row"], "values": [0.5 * token for token in row["response_ids"]]} for row in scored
     ]

@@ -36,7 +36,7 @@ class Call(NamedTuple):
     entropy_grad: bool = False
     accelerator: bool = True
     native: bool = True
-    """Whether a CPU multiplies 16-bit operands (`prefkern.head.engine.products.native`); else they are upcast in slices."""
+    """Whether a CPU multiplies 16-bit operands (`engine.products.native`); else they are upcast in slices."""
     scratch: int = SCRATCH_BYTES
     """Bytes of a scratch tile, and of a cast slice of the weight; with less than the default nothing is kept."""
 

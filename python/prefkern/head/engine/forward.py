@@ -6,8 +6,8 @@ the forward writes it once, in the operands' dtype. What is kept of it depends o
     hold     u itself [K, V]: the loss then contributes one scalar per row, and the [N, V] tile is not touched again
     frozen   u W [F, H]: where only the hidden states need a gradient, it is that scalar times this row
 
-`prefkern.head.engine.backward` has the other half. Logits are never rounded to 16 bits: products of 16-bit operands are accumulated
-and kept in float32.
+`backward` has the other half. Logits are never rounded to 16 bits: products of 16-bit operands are accumulated and kept
+in float32.
 """
 
 from itertools import pairwise

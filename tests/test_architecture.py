@@ -11,10 +11,9 @@ PACKAGE = Path(prefkern.__file__).parent
 
 # part -> what it may import, beside the ground that everything may
 ALLOWED: dict[str, set[str]] = {
-    "commands": {"integrations", "objectives", "losses", "head", "testing", "kernels", "data"},
-    "integrations": {"losses", "objectives", "head", "data"},
-    "losses": {"head", "kernels", "objectives", "operators"},
-    "objectives": {"losses"},
+    "commands": {"integrations", "losses", "head", "testing", "kernels", "data"},
+    "integrations": {"losses", "head", "data"},
+    "losses": {"head", "kernels", "operators"},
     "head": {"kernels", "operators"},
     "testing": {"kernels"},
     "kernels": set(),
@@ -22,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"_core", "kernels"},
     "__init__": {"integrations", "losses", "head", "data"},
 }
-GROUND = {"types", "check"}
+GROUND = {"types", "check", "options"}
 FORBIDDEN_AT_IMPORT = {"triton", "trl", "transformers", "datasets", "matplotlib", "rich", "pyarrow"}
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prefkern.head.divergence import kl_divergence, linear_kl_divergence
     from prefkern.head.logprobs import linear_token_logprobs, token_logprobs
     from prefkern.losses import (
+        CPOLoss,
         DPOLoss,
         KTOLoss,
         ORPOLoss,
@@ -39,12 +40,13 @@ if TYPE_CHECKING:
         topk_kl,
         value_loss,
     )
-    from prefkern.losses.linear_cross_entropy import linear_cross_entropy
+    from prefkern.losses.cross_entropy import linear_cross_entropy
     from prefkern.types import LossOutput, PairLogps, TokenDivergence, TokenStats
 
 __version__ = version("prefkern")
 
 __all__ = [
+    "CPOLoss",
     "DPOLoss",
     "KTOLoss",
     "LossOutput",

@@ -3,7 +3,10 @@ expected and what was got, so that a user can act on it. Shapes, dtypes and devi
 the CPU, because reading them elsewhere would wait for the device."""
 
 import importlib
+import math
 import numbers
+import re
+import reprlib
 from collections.abc import Collection
 from types import ModuleType
 from typing import Any, NoReturn, TypeGuard
@@ -11,6 +14,11 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
+_SHORT = reprlib.Repr()
+_SHORT.maxother = _SHORT.maxstring = _SHORT.maxlong = 200
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+MOST_BYTES = 1 << 62
+"""What an unlimited size counts as: an operator takes it as an int64."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,10 +52,16 @@ def no_functorch(where: str) -> None:
 
 
 def describe(value: object) -> str:
-    """``float32 (4, 8) on cpu`` for a tensor, else its type and value."""
+    """Returns ``float32 (4, 8) on cpu`` for a tensor, else its type and its value, cut to some 200 characters."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__} {short(value)}"
+
+
+def short(value: object) -> str:
+    """Returns the ``repr`` of a value as it can stand in a sentence: long containers, numbers and texts are cut."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _SHORT.maxother else f"{text[: _SHORT.maxother]} ..."
 
 
 def tensor(where: str, name: str, value: object) -> TypeGuard[Tensor]:
@@ -125,14 +139,39 @@ def number(
     below = real <= low if open_low else real < low
     above = real >= high if open_high else real > high
     if below or above or real != real or real in (float("inf"), float("-inf")):
-        interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
-        fail(where, f"{name} must be a finite number in {interval}, got {value!r}")
+        opens, closes = open_low or low == -math.inf, open_high or high == math.inf
+        interval = f"{'(' if opens else '['}{low}, {high}{')' if closes else ']'}"
+        fail(where, f"{name} must be a finite number in {interval}, got {short(value)}")
     return real
 
 
 def one_of(where: str, name: str, value: object, allowed: Collection[Any]) -> None:
     if value not in allowed:
-        fail(where, f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        fail(where, f"{name} must be one of {', '.join(map(repr, allowed))}, got {short(value)}")
+
+
+def count(where: str, name: str, value: Any) -> int | None:
+    """Returns a count of at least 0, or None."""
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        fail(where, f"{name} must be None or an int >= 0, got {short(value)}")
+    return int(value)
+
+
+def size(where: str, name: str, value: Any) -> int | None:
+    """Returns a number of bytes: of an int, ``math.inf`` (no limit), or a text as ``"2GB"``, ``"512 MiB"``; or None."""
+    if value is None or (type(value) is int and 0 <= value <= MOST_BYTES):
+        return value
+    given = value
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        digits, unit, binary = match.groups()
+        power = " kmgt".index(unit.lower() or " ")
+        given = round(float(digits) * (1024 if binary else 1000) ** power)
+    whole = isinstance(given, numbers.Integral) or (isinstance(given, float) and not given % 1 > 0)
+    if isinstance(given, bool) or not whole or not given >= 0:
+        fail(where, f"{name} must be bytes >= 0: an int, a text such as '2GB', or math.inf, got {short(value)}")
+    return int(min(given, MOST_BYTES))
 
 
 def offsets(where: str, cu_seqlens: Tensor, total: int) -> None:

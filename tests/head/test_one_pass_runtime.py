@@ -252,5 +252,5 @@ def test_functorch_and_bad_memory_are_refused_with_a_sentence() -> None:
     with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.grad(lambda hidden: loss_of(case._replace(hidden=hidden)))(case.hidden)
     for memory in (-1, 1.5, True):
-        with pytest.raises(ValueError, match=r"^prefkern\.linear_cross_entropy: max_memory must be None or an int"):
+        with pytest.raises(ValueError, match=r"^prefkern\.linear_cross_entropy: max_memory must be bytes >= 0: an int"):
             loss_of(case, max_memory=memory)

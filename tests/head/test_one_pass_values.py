@@ -8,8 +8,8 @@ import torch
 import prefkern as pk
 from prefkern import testing
 from prefkern.head.engine import one_pass
+from prefkern.losses.cross_entropy import negative_log_likelihood
 from prefkern.losses.reduce import masked_mean
-from prefkern.objectives.likelihood import negative_log_likelihood
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 N, H, V = 45, 24, 301

@@ -12,7 +12,8 @@ from prefkern.commands.benchmark.measure import peak_extra_bytes
 from prefkern.head import costs
 from prefkern.head.engine import blocks, products
 from prefkern.head.engine.products import count_products
-from prefkern.head.logprobs import bounded_token_logprobs
+from prefkern.head.inputs import Head
+from prefkern.head.logprobs import token_stats
 from prefkern.types import TokenStats
 
 N, H, V = 7, 8, 9000
@@ -21,7 +22,8 @@ OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 
 
 def stats(case: testing.HeadCase, scratch: int = SCRATCH, **options: Any) -> TokenStats:
-    return bounded_token_logprobs(*case[:2], case.targets, scratch, bias=case.bias, outputs=OUTPUTS, **options)
+    head = Head(bias=case.bias, **options)
+    return token_stats("a test", *case[:2], case.targets, head, OUTPUTS, scratch_bytes=scratch)
 
 
 def test_the_shape_of_a_tile() -> None:
@@ -64,9 +66,8 @@ def gradients(
     """Products, and the gradients of those of hidden and weight that are trained."""
     leaves = [case[i].clone().requires_grad_(i in trained) for i in (0, 1)]
     with count_products() as counted:
-        got = bounded_token_logprobs(
-            *leaves, case.targets, scratch, outputs=("entropy",), entropy_grad=True, max_memory=0
-        )
+        head, options = Head(max_memory=0), {"entropy_grad": True, "scratch_bytes": scratch}
+        got = token_stats("a test", *leaves, case.targets, head, ("entropy",), **options)
         assert got.entropy is not None
         grads = torch.autograd.grad((got.logps * c).sum() + (got.entropy * e).sum(), [leaves[i] for i in trained])
     return counted.products(N, H, V), list(grads)
@@ -148,7 +149,8 @@ def test_predicted_bytes(trained: str, dtype: torch.dtype) -> None:
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
 
     def step() -> list[Tensor]:
-        logps = bounded_token_logprobs(hidden, weight, case.targets, scratch, num_scored=rows).logps
+        head = Head(num_scored=rows)
+        logps = token_stats("a test", hidden, weight, case.targets, head, scratch_bytes=scratch).logps
         return list(torch.autograd.grad(logps.sum(), leaves)) if leaves else [logps]
 
     forward, backward = costs.forward_bytes(head, 0, 0), costs.backward_bytes(head, 0, 0)

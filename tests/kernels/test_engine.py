@@ -11,7 +11,8 @@ import prefkern as pk
 from prefkern import operators, testing
 from prefkern.head import costs
 from prefkern.head.engine.products import count_products
-from prefkern.head.logprobs import bounded_token_logprobs
+from prefkern.head.inputs import Head
+from prefkern.head.logprobs import token_stats
 
 N, H, V = 37, 16, 1100
 OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -80,7 +81,8 @@ def test_scoring_by_slices_of_the_vocabulary(kernels: torch.device, form: str) -
     case = testing.head_case(9, H, V, dtype=torch.bfloat16, bias=True, masked=0.05, device=kernels)
     options = {k: v[:9] if isinstance(v, torch.Tensor) else v for k, v in on(kernels, FORMS[form]).items()}
     with testing.poison_empty():
-        got = bounded_token_logprobs(*case[:2], case.targets, 1024, bias=case.bias, outputs=OUTPUTS, **options)
+        head = Head(bias=case.bias, **options)
+        got = token_stats("a test", *case[:2], case.targets, head, OUTPUTS, scratch_bytes=1024)
     want = testing.stats_from_hidden(*case[:2], case.targets, bias=case.bias, **options)
     for name in OUTPUTS[:3]:
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=0, atol=1e-5, msg=name)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefkern.losses.cpo import CPO
+from prefkern.losses.dpo import DPO
+from prefkern.losses.kto import KTO, UNPAIRED_LOSSES
+from prefkern.losses.objective import OBJECTIVES
 from prefkern.losses.policy import PolicyOptions
-from prefkern.losses.preference import PairOptions, Pairs
-from prefkern.objectives import OBJECTIVES
-from prefkern.objectives.cpo import CPOOptions
-from prefkern.objectives.kto import KTOOptions
+from prefkern.losses.preference import PAIR_LOSSES, Pairs
 
 R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
 OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
@@ -27,26 +28,39 @@ def call(name: str, *arguments: object) -> Tensor:
     return OBJECTIVES[name](*arguments)
 
 
+def of_table(function: Callable[..., Tensor]) -> str:
+    """The name under which an objective of a table is declared."""
+    return next(name for name, declared in OBJECTIVES.items() if declared is function)
+
+
+def pair_case(name: str) -> Callable[[Tensor], Tensor]:
+    row = PAIR_LOSSES[name]
+    options = DPO(beta=0.05, loss_type=name, label_smoothing=0.1 if row.smoothing else 0.0)
+    return lambda lp: row.function(pairs(lp), options)
+
+
+def unpaired_case(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda lp: UNPAIRED_LOSSES[name].function((lp - OTHER).sum(1), LABELS, 0.2, KTO(0.3))
+
+
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "preference.sigmoid": lambda lp: call("preference.sigmoid", pairs(lp), PairOptions(0.3, 0.1)),
-    "preference.hinge": lambda lp: call("preference.hinge", pairs(lp), PairOptions(0.05)),
-    "preference.ipo": lambda lp: call("preference.ipo", pairs(lp), PairOptions(0.3)),
-    "cpo.cpo": lambda lp: call("cpo.cpo", *lp.sum(1).chunk(2), CPOOptions("simpo", 0.3, 0.1, 0.5, 0.4)),
-    "kto.kto": lambda lp: call("kto.kto", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)),
-    "kto.apo_zero_unpaired": lambda lp: call(
-        "kto.apo_zero_unpaired", (lp - OTHER).sum(1), LABELS, 0.2, KTOOptions(0.3)
-    ),
+    **{of_table(row.function): pair_case(name) for name, row in PAIR_LOSSES.items()},
+    **{of_table(row.function): unpaired_case(name) for name, row in UNPAIRED_LOSSES.items()},
+    "cpo.cpo": lambda lp: call("cpo.cpo", *lp.sum(1).chunk(2), CPO(0.3, "simpo", 0.1, simpo_gamma=0.5, alpha=0.4)),
     "kto.kto_kl": lambda lp: call(
-        "kto.kto", (lp - OTHER).sum(1), LABELS, call("kto.kto_kl", lp.sum(1), OTHER.sum(1) - 9.0, None), KTOOptions(0.3)
+        "kto.kto", (lp - OTHER).sum(1), LABELS, call("kto.kto_kl", lp.sum(1), OTHER.sum(1) - 9.0), KTO(0.3)
     ),
     "orpo.odds_ratio": lambda lp: call("orpo.odds_ratio", *lp.mean(1).chunk(2)),
-    "likelihood.negative_log_likelihood": lambda lp: call("likelihood.negative_log_likelihood", lp, None, OTHER),
+    "cross_entropy.negative_log_likelihood": lambda lp: call("cross_entropy.negative_log_likelihood", lp, None, OTHER),
     "policy.clipped_policy": lambda lp: call(
         "policy.clipped_policy", lp, OTHER, OTHER.flip(0), PolicyOptions(0.9, 50.0, 60.0)
     ),
     "policy.kl_penalty": lambda lp: call("policy.kl_penalty", lp, OTHER, "k3"),
-    "distillation.topk_kl": lambda lp: call(
-        "distillation.topk_kl", torch.stack([lp - 1.0, lp - 2.0], -1), torch.stack([OTHER, OTHER - 1.0], -1) - 3.0, True
+    "distillation.topk_divergence": lambda lp: call(
+        "distillation.topk_divergence",
+        torch.stack([lp - 1.0, lp - 2.0], -1),
+        torch.stack([OTHER, OTHER - 1.0], -1) - 3.0,
+        True,
     ),
     "policy.clipped_value": lambda lp: call("policy.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
 }

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from prefkern.losses import policy, preference
-from prefkern.losses.preference import PairOptions, Pairs
-from prefkern.objectives import cpo, kto, orpo
+from prefkern.losses import cpo, kto, orpo, policy, preference
+from prefkern.losses.cpo import CPO
+from prefkern.losses.dpo import DPO
+from prefkern.losses.kto import KTO, UNPAIRED_LOSSES
+from prefkern.losses.preference import EXAMPLE, EXAMPLE_BETA, EXAMPLE_SMOOTHING, PAIR_LOSSES, Pairs
 
 D_CHOSEN, D_REJECTED = torch.tensor([2.0, -1.0, 0.0]), torch.tensor([-1.0, 3.0, 0.0])
 LENGTHS = torch.tensor([4, 2, 0]), torch.tensor([2, 3, 1])
@@ -15,6 +17,20 @@ LENGTHS = torch.tensor([4, 2, 0]), torch.tensor([2, 3, 1])
 
 def close(got: torch.Tensor, want: list[float]) -> None:
     torch.testing.assert_close(got, torch.tensor(want, dtype=got.dtype), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_every_pair_loss_has_its_value_of_the_example(name: str) -> None:
+    row = PAIR_LOSSES[name]
+    options = DPO(EXAMPLE_BETA, name, EXAMPLE_SMOOTHING if row.smoothing else 0.0)
+    close(row.function(EXAMPLE, options), list(row.expected))
+
+
+@pytest.mark.parametrize("name", UNPAIRED_LOSSES)
+def test_every_unpaired_loss_has_its_value_of_the_example(name: str) -> None:
+    row = UNPAIRED_LOSSES[name]
+    log_ratios, labels = torch.tensor([1.0, -0.5]), torch.tensor([True, False])
+    close(row.function(log_ratios, labels, 0.2, KTO(0.5, undesirable_weight=2.0)), list(row.expected))
 
 
 @pytest.mark.parametrize(
@@ -28,12 +44,12 @@ def close(got: torch.Tensor, want: list[float]) -> None:
 )
 def test_pairs(name, smoothing, want) -> None:
     pairs = Pairs(D_CHOSEN, D_REJECTED, *LENGTHS)
-    close(preference.PAIR_LOSSES[name].function(pairs, PairOptions(0.5, smoothing)), want)
+    close(preference.PAIR_LOSSES[name].function(pairs, DPO(0.5, name, smoothing)), want)
 
 
 def test_pair_losses_stay_finite_far_out() -> None:
     far = torch.tensor([1e4, -1e4], requires_grad=True)
-    loss = preference.sigmoid(Pairs(far, -far), PairOptions(1.0))
+    loss = preference.sigmoid(Pairs(far, -far), DPO(1.0))
     close(loss, [0.0, 2e4])
     loss.sum().backward()
     close(far.grad, [0.0, -2.0])
@@ -53,7 +69,7 @@ def test_pair_losses_stay_finite_far_out() -> None:
 )
 def test_cpo(loss_type, options, want) -> None:
     chosen, rejected = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -1.0])
-    close(cpo.cpo(chosen, rejected, cpo.CPOOptions(loss_type, 0.5, **options)), want)
+    close(cpo.cpo(chosen, rejected, CPO(0.5, loss_type, **options)), want)
 
 
 def test_cpo_reward_of_an_improbable_sequence_is_finite() -> None:
@@ -68,7 +84,7 @@ def test_cpo_reward_of_an_improbable_sequence_is_finite() -> None:
 
 def test_kto() -> None:
     log_ratios, labels = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([True, False, True])
-    options = kto.KTOOptions(0.5, 1.5, 0.8)
+    options = KTO(0.5, 1.5, 0.8)
     # 1.5 s(-0.8), 0.8 s(-0.7), 1.5 s(-0.05)
     close(kto.kto(log_ratios, labels, 0.4, options), [0.46503827, 0.26544978, 0.73125391])
     # 1.5 s(-1), 0.8 s(-0.5), 1.5 s(-0.25)
@@ -80,17 +96,17 @@ def test_kto() -> None:
 def test_kto_keeps_relative_accuracy_when_satisfied() -> None:
     """1 - s(60) is 0 in float32; the loss and its gradient are e^-60."""
     x = torch.tensor([60.0], requires_grad=True)
-    loss = kto.kto(x, torch.tensor([True]), 0.0, kto.KTOOptions(1.0))
+    loss = kto.kto(x, torch.tensor([True]), 0.0, KTO(1.0))
     loss.sum().backward()
     torch.testing.assert_close(loss, torch.tensor([math.exp(-60)]), rtol=1e-5, atol=0)
     torch.testing.assert_close(x.grad, torch.tensor([-math.exp(-60)]), rtol=1e-5, atol=0)
 
 
 def test_kto_kl() -> None:
-    assert kto.kto_kl(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]), None).item() == 1.0
-    assert kto.kto_kl(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0]), None).item() == 0.0
-    assert kto.kto_kl(torch.zeros(0), torch.zeros(0), None).item() == 0.0
-    assert math.isnan(kto.kto_kl(torch.tensor([math.nan, 1.0]), torch.zeros(2), None).item())
+    assert kto.kto_kl(torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0])).item() == 1.0
+    assert kto.kto_kl(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0])).item() == 0.0
+    assert kto.kto_kl(torch.zeros(0), torch.zeros(0)).item() == 0.0
+    assert math.isnan(kto.kto_kl(torch.tensor([math.nan, 1.0]), torch.zeros(2)).item())
 
 
 def test_odds() -> None:

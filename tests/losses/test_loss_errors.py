@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from prefkern import losses
+from prefkern.losses.preference import PAIR_LOSSES
 
 X, Y, INT = -torch.rand(4), -torch.rand(3), torch.zeros(4, dtype=torch.long)
 GRID, META = -torch.rand(4, 3), torch.zeros(4, device="meta")
 IDS = torch.zeros(4, 3, dtype=torch.long)
 ENTROPY = {"entropy": X, "entropy_coef": 0.1}
 
+PAIR_NAMES = ", ".join(map(repr, PAIR_LOSSES))
+SMOOTHED = " or ".join(repr(name) for name, row in PAIR_LOSSES.items() if row.smoothing)
 DPO = partial(losses.dpo_loss, X, X, X)
 KTO = partial(losses.kto_loss, X, X)
 PPO = partial(losses.ppo_loss, GRID, GRID)
@@ -32,9 +35,9 @@ CALLS = [
     (lambda: DPO([1.0]), TypeError, r"dpo_loss: ref_rejected_logps must be a torch\.Tensor, got list"),
     (lambda: DPO(META), ValueError, "dpo_loss: all tensors must be on one device.*ref_rejected_logps on meta"),
     (lambda: losses.dpo_loss(GRID, GRID, GRID, GRID), ValueError, r"dpo_loss: chosen_logps must be \[B\]"),
-    (lambda: DPO(X, beta=0.0), ValueError, r"dpo_loss: beta must be a finite number in \(0\.0, inf\], got 0\.0"),
+    (lambda: DPO(X, beta=0.0), ValueError, r"dpo_loss: beta must be a finite number in \(0\.0, inf\), got 0\.0"),
     (lambda: DPO(X, beta="0.1"), TypeError, "dpo_loss: beta must be a number, got str"),
-    (lambda: DPO(X, loss_type="robust"), ValueError, "dpo_loss: loss_type must be one of 'sigmoid', 'hinge', 'ipo'"),
+    (lambda: DPO(X, loss_type="bogus"), ValueError, f"dpo_loss: loss_type must be one of {PAIR_NAMES}, got 'bogus'"),
     (lambda: DPO(X, loss_type=["sigmoid"]), ValueError, "dpo_loss: loss_type must be one of"),
     (
         lambda: DPO(X, label_smoothing=0.5),
@@ -45,7 +48,7 @@ CALLS = [
     (
         lambda: DPO(X, loss_type="hinge", label_smoothing=0.1),
         ValueError,
-        "dpo_loss: label_smoothing is for loss_type='sigmoid'; 'hinge' has none, got 0.1",
+        f"dpo_loss: label_smoothing is for loss_type={SMOOTHED}; 'hinge' has none, got 0.1",
     ),
     (lambda: DPO(X, loss_type="ipo"), ValueError, "dpo_loss: loss_type='ipo' divides by chosen_lengths"),
     (lambda: DPO(X, chosen_lengths=Y), ValueError, r"dpo_loss: chosen_lengths must have shape \(4,\), got"),
@@ -97,7 +100,7 @@ CALLS = [
     (lambda: PPO(X, GRID), ValueError, "ppo_loss: mask must hold only 0 and 1"),
     (lambda: PPO(X, cliprange=1.5), ValueError, r"ppo_loss: cliprange must be a finite number in \[0\.0, 1\.0\]"),
     (lambda: PPO(X, cliprange_high=-0.1), ValueError, "ppo_loss: cliprange_high must be"),
-    (lambda: PPO(X, delta=1.0), ValueError, r"ppo_loss: delta must be a finite number in \(1\.0, inf\]"),
+    (lambda: PPO(X, delta=1.0), ValueError, r"ppo_loss: delta must be a finite number in \(1\.0, inf\)"),
     (lambda: PPO(X, kl_coef=0.1), ValueError, r"ppo_loss: kl_coef=0\.1 needs ref_logps, got None"),
     (lambda: PPO(X, kl_estimator="k4"), ValueError, "ppo_loss: kl_estimator must be one of 'k1', 'k2', 'k3'"),
     (lambda: PPO(X, entropy_coef=0.1), ValueError, r"ppo_loss: entropy_coef=0\.1 needs entropy"),

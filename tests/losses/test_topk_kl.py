@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefkern.losses import topk_kl
-from prefkern.objectives.distillation import log_mass
+from prefkern.losses.distillation import log_mass
 
 V = 12
 

@@ -4,17 +4,33 @@ Checks and casts of the rows happen here; the work is in the operators.
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Unpack, overload
 
 import torch
 from torch import Tensor
 
 import prefkern.head.operators.divergence  # noqa: F401 - defines the operators
 from prefkern import check
-from prefkern.head.divergence_inputs import Pairs, beta_of, check_head
 from prefkern.head.engine import memory
-from prefkern.head.inputs import compute_dtype_of, reference_form
+from prefkern.head.inputs import (
+    Head,
+    HeadOptions,
+    Reference,
+    ReferenceOptions,
+    allowed_only,
+    check_head,
+    check_options,
+    compute_dtype_of,
+)
+from prefkern.head.rows import Rows, check_targets, flat_temperature, operator_temperature
+from prefkern.options import read, takes
 from prefkern.types import Direction, DivergenceOutput, Temperature, TokenDivergence
+
+_DIRECTIONS = {"forward": 0.0, "reverse": 1.0}
+
+
+class LinearDivergenceOptions(HeadOptions, ReferenceOptions, total=False):
+    """The keywords of `linear_kl_divergence` on both heads."""
 
 
 def kl_divergence(
@@ -62,13 +78,14 @@ def kl_divergence(
     if logits.ndim < 1 or logits.shape[-1] < 1:
         check.fail(where, f"logits must be [..., V] with V >= 1, got {check.describe(logits)}")
     beta = beta_of(where, direction, jsd_beta)
-    rows = Pairs(where, logits, targets, temperature, ref_temperature, ignore_index, logits.shape[-1])
+    rows = _divergence_rows(where, logits, targets, temperature, ignore_index, logits.shape[-1])
+    of_reference = _ref_temperature(where, rows, temperature, ref_temperature, logits)
     if torch.float64 in (logits.dtype, ref_logits.dtype):
         logits, ref_logits = logits.double(), ref_logits.double()
     results = torch.ops.prefkern.divergence_fwd(
-        _flat(logits), _flat(ref_logits.detach()), rows.scored, *rows.temperature, *rows.ref_temperature, beta
+        _flat(logits), _flat(ref_logits.detach()), rows.scored, *rows.temperature, *of_reference, beta
     )
-    return rows.full(results[0])
+    return rows.full(rows.checked(results[0]))
 
 
 @overload
@@ -81,19 +98,8 @@ def linear_kl_divergence(
     *,
     direction: Direction = "forward",
     jsd_beta: float | None = None,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ref_bias: Tensor | None = None,
-    ref_temperature: Temperature | None = None,
-    ref_logit_scale: float | None = None,
-    ref_softcap: float | None = None,
-    ignore_index: int = -100,
     outputs: None = None,
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
+    **options: Unpack[LinearDivergenceOptions],
 ) -> Tensor: ...
 @overload
 def linear_kl_divergence(
@@ -105,20 +111,10 @@ def linear_kl_divergence(
     *,
     direction: Direction = "forward",
     jsd_beta: float | None = None,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ref_bias: Tensor | None = None,
-    ref_temperature: Temperature | None = None,
-    ref_logit_scale: float | None = None,
-    ref_softcap: float | None = None,
-    ignore_index: int = -100,
     outputs: Sequence[DivergenceOutput],
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
+    **options: Unpack[LinearDivergenceOptions],
 ) -> TokenDivergence: ...
+@takes(Reference, Head)
 def linear_kl_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -128,19 +124,8 @@ def linear_kl_divergence(
     *,
     direction: Direction = "forward",
     jsd_beta: float | None = None,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ref_bias: Tensor | None = None,
-    ref_temperature: Temperature | None = None,
-    ref_logit_scale: float | None = None,
-    ref_softcap: float | None = None,
-    ignore_index: int = -100,
     outputs: Sequence[DivergenceOutput] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
+    **options: Unpack[LinearDivergenceOptions],
 ) -> Tensor | TokenDivergence:
     """`kl_divergence` of two heads ``z = softcap(logit_scale (h W^T + b)) / temperature``, without their [N, V] logits.
 
@@ -165,6 +150,7 @@ def linear_kl_divergence(
             `TokenDivergence`, with the policy's entropy (without a gradient) where asked for. It costs no product.
         compute_dtype: dtype of the operands of both heads; default: the autocast dtype where autocast is on, else that
             of ``hidden`` and of ``ref_hidden`` each (float64 for both where one is).
+        vocab_mask: ``[V]`` bool, the tokens that both distributions are over. ``lora`` and ``group`` are refused.
         max_memory: bytes that may stay held from forward to backward; the rows beyond them are recomputed, 6 products
             for 0. None is the plan's default: ``4 V H`` bytes, at least 1 GiB.
         num_scored: how many targets are scored, where the caller knows: spares an accelerator the wait for the count.
@@ -178,16 +164,18 @@ def linear_kl_divergence(
     """
     where = "linear_kl_divergence"
     check.no_functorch(where)
-    for name, value in (("hidden", hidden), ("ref_hidden", ref_hidden)):
-        check.tensor(where, name, value)
-    tensors = {"weight": weight, "bias": bias, "ref_weight": ref_weight, "ref_bias": ref_bias, "targets": targets}
-    check.same_device(where, hidden=hidden, ref_hidden=ref_hidden, **tensors)
-    V, H = check_head(where, "", hidden, weight, bias, logit_scale, softcap)
+    reference, head = read(where, options, Reference, Head)
+    head = check_options(where, head)
+    if head.lora is not None:
+        check.fail(where, "lora is not supported here: merge the adapter into the weight first")
+    check.tensor(where, "hidden", hidden)
+    check.tensor(where, "ref_hidden", ref_hidden)
+    check_head(where, hidden, weight, head.bias)
+    ref = reference.head(where, head)
+    check_head(where, ref_hidden, ref_weight, ref.bias, prefix="ref_")
+    check.same_device(where, hidden=hidden, ref_hidden=ref_hidden, targets=targets)
+    (V, H), (ref_V, ref_H) = weight.shape, ref_weight.shape
     beta = beta_of(where, direction, jsd_beta)
-    ref_logit_scale, ref_softcap = reference_form(
-        where, bias, logit_scale, softcap, ref_bias, ref_logit_scale, ref_softcap
-    )
-    ref_V, ref_H = check_head(where, "ref_", ref_hidden, ref_weight, ref_bias, ref_logit_scale, ref_softcap)
     if ref_V != V or hidden.shape[:-1] != ref_hidden.shape[:-1]:
         check.fail(
             where,
@@ -197,17 +185,18 @@ def linear_kl_divergence(
         )
     for name in outputs or ():
         check.one_of(where, "every entry of outputs", name, ("divergence", "entropy"))
-    for name, count in (("max_memory", max_memory), ("num_scored", num_scored)):
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
-            check.fail(where, f"{name} must be None or an int >= 0, got {count!r}")
-    dtype, ref_dtype = (compute_dtype_of(where, compute_dtype, given) for given in (hidden, ref_hidden))
+    dtype, ref_dtype = (compute_dtype_of(where, head.compute_dtype, given) for given in (hidden, ref_hidden))
     if torch.float64 in (dtype, ref_dtype):
         dtype = ref_dtype = torch.float64
+    bias = allowed_only(where, head.vocab_mask, head.bias, weight)
+    ref_bias = allowed_only(where, head.vocab_mask, ref.bias, ref_weight)
 
-    rows = Pairs(where, hidden, targets, temperature, ref_temperature, ignore_index, V)
-    flat = rows.compact(hidden.reshape(-1, H), num_scored)
-    ref_flat = rows.take(ref_hidden.detach().reshape(-1, ref_H))
+    rows = _divergence_rows(where, hidden, targets, head.temperature, head.ignore_index, V)
+    flat = rows.compact(hidden.reshape(-1, H), head.num_scored)
+    ref_flat = rows.take_rows(ref_hidden.detach().reshape(-1, ref_H))
+    ref_temperature = _ref_temperature(where, rows, head.temperature, reference.ref_temperature, hidden)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    max_memory = check.size(where, "max_memory", head.max_memory)
     bytes_ = memory.left(memory.budget(H, V, max_memory), hidden.device)
     k_max = memory.limits(H, V, dtype.itemsize, bytes_).held if needs_grad else 0
     results = torch.ops.prefkern.linear_divergence_fwd(
@@ -219,11 +208,11 @@ def linear_kl_divergence(
         None if ref_bias is None else ref_bias.detach(),
         rows.scored,
         *rows.temperature,
-        softcap,
-        float(logit_scale),
-        *rows.ref_temperature,
-        ref_softcap,
-        ref_logit_scale,
+        head.softcap,
+        head.logit_scale,
+        *ref_temperature,
+        ref.softcap,
+        ref.logit_scale,
         beta,
         dtype,
         ref_dtype,
@@ -232,10 +221,42 @@ def linear_kl_divergence(
     )
     if needs_grad:
         memory.watch(results[-1:])
-    divergence = rows.full(results[0])
+    divergence = rows.full(rows.checked(results[0]))
     if outputs is None:
         return divergence
-    return TokenDivergence(divergence, rows.full(results[1]) if "entropy" in outputs else None)
+    return TokenDivergence(divergence, rows.full(rows.checked(results[1])) if "entropy" in outputs else None)
+
+
+def beta_of(where: str, direction: Direction, jsd_beta: float | None) -> float:
+    """Returns the divergence as one number: 0 forward, 1 reverse, between them Jensen-Shannon."""
+    check.one_of(where, "direction", direction, tuple(_DIRECTIONS))
+    if jsd_beta is None:
+        return _DIRECTIONS[direction]
+    if direction != "forward":
+        check.fail(where, f"direction must be left at its default when jsd_beta is given, got {direction!r}")
+    return check.number(where, "jsd_beta", jsd_beta, low=0.0, high=1.0)
+
+
+def _divergence_rows(
+    where: str, source: Tensor, targets: Tensor | None, temperature: Temperature, ignore_index: int, V: int
+) -> Rows:
+    if targets is None:
+        return Rows.without_targets(where, source, temperature)
+    shape = source.shape[:-1]
+    check.tensor(where, "targets", targets)
+    check_targets(where, targets, shape, V, ignore_index)
+    if targets.shape != shape:
+        check.fail(where, f"targets must have shape {tuple(shape)}, got {check.describe(targets)}")
+    return Rows(where, shape, targets, temperature, ignore_index)
+
+
+def _ref_temperature(
+    where: str, rows: Rows, temperature: Temperature, given: Temperature | None, source: Tensor
+) -> tuple[Tensor | None, float]:
+    """Returns the reference's temperature of the computed rows: the given one, else the policy's."""
+    name, chosen = ("temperature", temperature) if given is None else ("ref_temperature", given)
+    flat = flat_temperature(where, name, chosen, source.shape[:-1], source.device)
+    return operator_temperature(rows.take_rows(flat))
 
 
 def _flat(logits: Tensor) -> Tensor:

@@ -1,20 +1,24 @@
 """The waist: logits, or hidden states and the output matrix, to per-token log-probabilities.
 
-Every loss of this library is ordinary autograd on what these two functions return. Checks and casts of the rows happen
+Every loss of this library is ordinary autograd on what these functions return. Checks and casts of the rows happen
 here; the work is in the operators.
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-import prefkern.head.operators.logprobs  # noqa: F401 - defines the operators
+import prefkern.head.operators.logprob_sum
+import prefkern.head.operators.logprobs  # noqa: F401 - they define the operators
 from prefkern import check
 from prefkern.head.engine import blocks, memory
-from prefkern.head.inputs import adapter, allowed_only, check_head
-from prefkern.head.rows import Rows
-from prefkern.types import LoRA, Output, Temperature, TokenStats
+from prefkern.head.inputs import Head, HeadOptions, adapter, allowed_only, check_head, check_options, compute_dtype_of
+from prefkern.head.operators.statistics import OPTIONAL
+from prefkern.head.rows import Rows, check_outputs, check_targets
+from prefkern.options import read, takes
+from prefkern.types import Output, Temperature, TokenStats
 
 
 def token_logprobs(
@@ -53,32 +57,35 @@ def token_logprobs(
     check.floating(where, logits=logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         check.fail(where, f"logits must be [..., V] with V >= 1, got {check.describe(logits)}")
-    rows = Rows(where, logits, targets, temperature, softcap, ignore_index, outputs, entropy_grad, logits.shape[-1])
-    flat = logits.reshape(-1, logits.shape[-1])
+    V, shape = logits.shape[-1], logits.shape[:-1]
+    check.no_functorch(where)
+    check.same_device(where, logits=logits, targets=targets)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        check.fail_type(where, f"ignore_index must be an int, got {ignore_index!r}")
+    check_targets(where, targets, shape, V, ignore_index)
+    if targets.shape != shape:
+        check.fail(where, "several targets per row are for linear_token_logprobs: gather from torch.log_softmax")
+    check_outputs(where, targets, shape, outputs, entropy_grad)
+    if softcap is not None:
+        softcap = check.number(where, "softcap", softcap, low=0.0, open_low=True)
+    rows = Rows(where, shape, targets, temperature, ignore_index)
+    flat = logits.reshape(-1, V)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    results = torch.ops.prefkern.logprobs_fwd(flat, *rows.arguments, list(rows.outputs))
-    return rows.stats(results)
+    optional = [name for name in OPTIONAL if name in outputs]
+    results = torch.ops.prefkern.logprobs_fwd(flat, *rows.arguments(softcap), optional)
+    return rows.stats(results, outputs, entropy_grad=entropy_grad)
 
 
+@takes(Head)
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
     outputs: Sequence[Output] = ("logps",),
     entropy_grad: bool = False,
-    vocab_mask: Tensor | None = None,
-    lora: LoRA | None = None,
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
-    group: None = None,
+    **options: Unpack[HeadOptions],
 ) -> TokenStats:
     """Log-probability of each target under the head ``z = softcap(logit_scale (h W^T + b)) / temperature``, without
     the [N, V] logits: 3 matrix products with their backward (2 for a frozen weight, 1 without gradients).
@@ -100,8 +107,8 @@ def linear_token_logprobs(
         outputs, entropy_grad: as in `token_logprobs`.
         compute_dtype: dtype of the operands; default: the autocast dtype where autocast is on, else that of ``hidden``.
         max_memory: bytes that may stay held from forward to backward, those of earlier calls whose backward has not run
-            among them. 0 recomputes all logits (4 products); None is the plan's default: ``4 V H`` bytes, at least
-            1 GiB (`prefkern.plan`).
+            among them: an int, a text such as ``"2GB"``, or ``math.inf``. 0 recomputes all logits (4 products); None is
+            the plan's default: ``4 V H`` bytes, at least 1 GiB (`prefkern.plan`).
         num_scored: how many targets are scored, where the caller knows: spares an accelerator the wait for the count.
         vocab_mask: ``[V]`` bool, the tokens that may be sampled: the others count as logits of -inf.
         lora: ``(A [r, H], B [V, r], scale)``, an adapter of the weight: logits of ``W + scale B A``, which is never
@@ -114,78 +121,49 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError: as `token_logprobs`.
     """
-    return bounded_token_logprobs(
-        hidden,
-        weight,
-        targets,
-        blocks.SCRATCH_BYTES,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        outputs=outputs,
-        entropy_grad=entropy_grad,
-        vocab_mask=vocab_mask,
-        lora=lora,
-        compute_dtype=compute_dtype,
-        max_memory=max_memory,
-        num_scored=num_scored,
-        group=group,
-    )
+    where = "linear_token_logprobs"
+    return token_stats(where, hidden, weight, targets, read(where, options, Head), outputs, entropy_grad=entropy_grad)
 
 
-def bounded_token_logprobs(
+def token_stats(
+    where: str,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    scratch_bytes: int,
-    *,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
+    head: Head,
     outputs: Sequence[Output] = ("logps",),
+    *,
     entropy_grad: bool = False,
-    vocab_mask: Tensor | None = None,
-    lora: LoRA | None = None,
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
-    group: None = None,
+    scratch_bytes: int = blocks.SCRATCH_BYTES,
 ) -> TokenStats:
-    """`linear_token_logprobs` with scratch of so many bytes at a time, for a caller whose own peak is the bound. With
-    less than the usual scratch nothing is kept from forward to backward."""
-    where = "linear_token_logprobs"
-    dtype = check_head(where, hidden, weight, targets, bias, logit_scale, compute_dtype, max_memory, num_scored, group)
-    V, H = weight.shape
-    a, b, lora_scale = (None, None, 1.0) if lora is None else adapter(where, lora, hidden, V)
-    if vocab_mask is not None:
-        bias = allowed_only(where, vocab_mask, bias, weight)
-
-    rows = Rows(where, hidden, targets, temperature, softcap, ignore_index, outputs, entropy_grad, V)
-    flat = rows.compact(hidden.reshape(-1, H), num_scored)
+    """`linear_token_logprobs` of complete options, with scratch of so many bytes at a time, for a caller whose own peak
+    is the bound. With less than the usual scratch nothing is kept from forward to backward."""
+    head, rows, flat = _rows(where, hidden, weight, targets, head)
+    check_outputs(where, targets, hidden.shape[:-1], outputs, entropy_grad)
+    (V, H), dtype = weight.shape, compute_dtype_of(where, head.compute_dtype, hidden)
+    a, b, lora_scale = (None, None, 1.0) if head.lora is None else adapter(where, head.lora, hidden, V)
     wants = [
-        torch.is_grad_enabled() and value is not None and value.requires_grad for value in (hidden, weight, bias, a, b)
+        torch.is_grad_enabled() and value is not None and value.requires_grad
+        for value in (hidden, weight, head.bias, a, b)
     ]
     limits = memory.Limits(0, 0)
     if any(wants) and not rows.several and scratch_bytes >= blocks.SCRATCH_BYTES:
         frozen = not any(wants[1:]) and a is None
+        max_memory = check.size(where, "max_memory", head.max_memory)
         left = memory.left(memory.budget(H, V, max_memory), hidden.device)
-        size = 4 if frozen and dtype == torch.float16 else dtype.itemsize  # as `ops` allocates it
+        size = 4 if frozen and dtype == torch.float16 else dtype.itemsize  # as the operator allocates it
         limits = memory.limits(H, V, size, left, frozen=frozen, entropy_grad=entropy_grad)
     # the operators compute in `compute_dtype`; autocast must not touch their inputs a second time
     results = torch.ops.prefkern.linear_logprobs_fwd(
         flat,
         weight,
-        bias,
+        head.bias,
         a,
         b,
-        *rows.arguments,
-        float(logit_scale),
+        *rows.arguments(head.softcap),
+        head.logit_scale,
         lora_scale,
-        list(rows.outputs),
+        [name for name in OPTIONAL if name in outputs],
         dtype,
         *limits,
         entropy_grad,
@@ -193,4 +171,56 @@ def bounded_token_logprobs(
     )
     if any(wants):
         memory.watch(results[-3:])
-    return rows.stats(results)
+    return rows.stats(results, outputs, entropy_grad=entropy_grad)
+
+
+def linear_logprob_sum(
+    where: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    head: Head,
+    outputs: Sequence[Output] = ("logps",),
+) -> tuple[Tensor, TokenStats]:
+    """Returns ``sum_t coefficients_t log p_t`` over the scored tokens, and the statistics of each without a gradient.
+
+    ``coefficients`` is shaped like ``targets`` and has no gradient. The gradients are made in the forward, in 3
+    products (2 for a frozen weight, 1 without gradients), and nothing of the size of the logits is kept:
+    ``max_memory`` bounds the transient tile. ``where`` names the caller in errors.
+    """
+    head, rows, flat = _rows(where, hidden, weight, targets, head)
+    check_outputs(where, targets, hidden.shape[:-1], outputs, entropy_grad=False)
+    leaves = (hidden, weight, head.bias)
+    needed = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    y, *logits = rows.arguments(head.softcap)
+    total, *results = torch.ops.prefkern.linear_logprob_sum(
+        flat,
+        weight,
+        head.bias,
+        y,
+        rows.take_tokens(coefficients.detach()),
+        *logits,
+        head.logit_scale,
+        [name for name in OPTIONAL if name in outputs],
+        compute_dtype_of(where, head.compute_dtype, hidden),
+        check.size(where, "max_memory", head.max_memory),
+        needed,
+    )
+    return rows.checked(total), rows.stats(results, outputs, entropy_grad=False)
+
+
+def _rows(where: str, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> tuple[Head, Rows, Tensor]:
+    """Checks the arguments; returns the options with the allowed vocabulary in the bias, the rows, and the hidden
+    states of those that are scored."""
+    check.no_functorch(where)
+    for name, required in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        check.tensor(where, name, required)
+    head = check_options(where, head)
+    check_head(where, hidden, weight, head.bias)
+    check.same_device(where, hidden=hidden, weight=weight, targets=targets)
+    (V, H), shape = weight.shape, hidden.shape[:-1]
+    check_targets(where, targets, shape, V, head.ignore_index)
+    head = head._replace(bias=allowed_only(where, head.vocab_mask, head.bias, weight), vocab_mask=None)
+    rows = Rows(where, shape, targets, head.temperature, head.ignore_index)
+    return head, rows, rows.compact(hidden.reshape(-1, H), head.num_scored)

@@ -1,22 +1,18 @@
 """The public losses: an input form composed with an objective, checked at the door."""
 
-from prefkern.losses.cpo import cpo_loss
+from prefkern.losses.cpo import cpo_loss, linear_cpo_loss
+from prefkern.losses.cross_entropy import linear_cross_entropy
 from prefkern.losses.distillation import topk_kl
-from prefkern.losses.dpo import dpo_loss
-from prefkern.losses.kto import kto_kl, kto_loss
+from prefkern.losses.dpo import dpo_loss, linear_dpo_loss
+from prefkern.losses.kto import kto_kl, kto_loss, linear_kto_loss
 from prefkern.losses.linear import linear_loss
-from prefkern.losses.linear_cpo import linear_cpo_loss
-from prefkern.losses.linear_cross_entropy import linear_cross_entropy
-from prefkern.losses.linear_dpo import linear_dpo_loss
-from prefkern.losses.linear_kto import linear_kto_loss
-from prefkern.losses.linear_orpo import linear_orpo_loss
-from prefkern.losses.linear_ppo import linear_ppo_loss
-from prefkern.losses.modules import DPOLoss, KTOLoss, ORPOLoss, PPOLoss
-from prefkern.losses.orpo import orpo_loss
-from prefkern.losses.ppo import ppo_loss, value_loss
+from prefkern.losses.modules import CPOLoss, DPOLoss, KTOLoss, ORPOLoss, PPOLoss
+from prefkern.losses.orpo import linear_orpo_loss, orpo_loss
+from prefkern.losses.ppo import linear_ppo_loss, ppo_loss, value_loss
 from prefkern.losses.sequences import pair_logps, sequence_logps, shift_labels
 
 __all__ = [
+    "CPOLoss",
     "DPOLoss",
     "KTOLoss",
     "ORPOLoss",

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from prefkern import check
-from prefkern.losses.reduce import per_token
-from prefkern.objectives.sequences import scored_mask
+from prefkern.losses.reduce import per_token, scored_mask
 
 
 def required(where: str, **named: Tensor) -> None:
@@ -124,3 +123,68 @@ def normalizer(where: str, value: Tensor | float | None, reduction: str, like: T
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 <= value.item() < float("inf"):
         check.fail(where, f"normalizer must be finite and not negative, got {value.item()}")
     return value.detach().reshape(()).to(like.device, non_blocking=True)
+
+
+def check_even(where: str, count: int) -> None:
+    if count % 2:
+        check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")
+
+
+def check_layout(where: str, targets: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Targets are padded ``[B, T]`` or packed ``[N]``, with offsets that fit."""
+    required(where, targets=targets)
+    check.integer(where, targets=targets)
+    check.same_device(where, targets=targets, cu_seqlens=cu_seqlens)
+    if targets.ndim not in ((1, 2) if cu_seqlens is None else (1,)):
+        layout = "padded [B, T] or packed [N]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
+        check.fail(where, f"targets must be {layout}, got {check.describe(targets)}")
+    if cu_seqlens is not None:
+        check.offsets(where, cu_seqlens, targets.numel())
+
+
+def check_rows(where: str, targets: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None = None) -> int:
+    """The number of sequences in the targets; ``ref_logps`` has one value of each."""
+    check_layout(where, targets, cu_seqlens)
+    count = sequences(where, "targets", targets, cu_seqlens)
+    _per_sequence(where, "ref_logps", ref_logps, count, targets)
+    return count
+
+
+def check_pairs(
+    where: str,
+    targets: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    ref_logps: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """The sequences are pairs; ``ref_logps`` has one value of each sequence, and ``weights`` one of each pair."""
+    count = check_rows(where, targets, cu_seqlens)
+    check_even(where, count)
+    _per_sequence(where, "ref_logps", ref_logps, count, targets)
+    _per_sequence(where, "weights", weights, count // 2, targets)
+
+
+def _per_sequence(where: str, name: str, value: Tensor | None, count: int, targets: Tensor) -> None:
+    check.floating(where, **{name: value})
+    if value is not None and value.shape != (count,):
+        check.fail(where, f"{name} must have shape ({count},), got {check.describe(value)}")
+    check.same_device(where, targets=targets, **{name: value})
+
+
+def first_half(targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Which tokens belong to the first half of the sequences, the chosen ones of pairs; bool, shaped like targets."""
+    count = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return per_token(torch.arange(count, device=targets.device) < count // 2, targets, cu_seqlens)
+
+
+def scored_targets(
+    where: str, targets: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Targets that are ignored outside ``mask``, so that no product is paid for them, and what they score."""
+    check_layout(where, targets, cu_seqlens)
+    mask = check.mask(where, "mask", mask, targets.shape)
+    check.same_device(where, targets=targets, mask=mask)
+    if mask is not None:
+        targets = targets.masked_fill(~mask, ignore_index)
+    return targets, targets != ignore_index

@@ -1,37 +1,31 @@
 """Any objective on hidden states: a function of the token statistics, on the engine of the waist."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from prefkern import check
-from prefkern.head.logprobs import linear_token_logprobs
-from prefkern.losses._head import Head
-from prefkern.types import LoRA, LossOutput, Output, Temperature, TokenStats
+from prefkern.head.inputs import Head, HeadOptions
+from prefkern.head.logprobs import token_stats
+from prefkern.losses.reduce import masked_mean
+from prefkern.options import read, takes
+from prefkern.types import LossOutput, Output, TokenStats
 
 WHERE = "linear_loss"
 
 
+@takes(Head)
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     fn: Callable[[TokenStats], Tensor | tuple[Tensor, Mapping[str, Tensor]]],
     *,
-    bias: Tensor | None = None,
-    temperature: Temperature = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
     outputs: Sequence[Output] = ("logps",),
     entropy_grad: bool = False,
-    vocab_mask: Tensor | None = None,
-    lora: LoRA | None = None,
-    compute_dtype: torch.dtype | None = None,
-    max_memory: int | None = None,
-    num_scored: int | None = None,
-    group: None = None,
+    **options: Unpack[HeadOptions],
 ) -> LossOutput:
     """Your own objective: ``fn(linear_token_logprobs(hidden, weight, targets, ...))``, in as few matrix products.
 
@@ -68,11 +62,10 @@ def linear_loss(
         ValueError: ``fn`` returns a tensor without a graph where a gradient is wanted.
         What ``linear_token_logprobs`` refuses, by name.
     """
+    head = read(WHERE, options, Head)
     if not callable(fn):
         check.fail_type(WHERE, f"fn must be a function of TokenStats that returns the loss, got {check.describe(fn)}")
-    logits = bias, temperature, logit_scale, softcap, ignore_index
-    head = Head(*logits, vocab_mask, lora, compute_dtype, max_memory, num_scored, group)
-    stats = linear_token_logprobs(hidden, weight, targets, outputs=outputs, entropy_grad=entropy_grad, **head._asdict())
+    stats = token_stats(WHERE, hidden, weight, targets, head, outputs, entropy_grad=entropy_grad)
     return _loss_output(fn(stats), with_graph=torch.is_grad_enabled() and stats.logps.requires_grad)
 
 
@@ -96,3 +89,56 @@ def _loss_output(result: object, *, with_graph: bool) -> LossOutput:
         if not isinstance(value, Tensor):
             check.fail_type(WHERE, f"metrics[{name!r}] of fn must be a tensor, got {check.describe(value)}: {keep}")
     return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def sequence_form(
+    where: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: Head,
+    loss: Callable[[Tensor], LossOutput],
+    *,
+    chosen: Tensor,
+    metrics: bool,
+    scored: Tensor | None = None,
+) -> LossOutput:
+    """Returns ``loss(logps)`` with the means over tokens that TRL shows: the entropy over ``scored`` (by default all
+    scored targets), the logits of its chosen and its other tokens, and how often a chosen one was first."""
+    outputs: tuple[Output, ...] = ("logps", "entropy", "mean_logit", "is_top1") if metrics else ("logps",)
+    stats = token_stats(where, hidden, weight, targets, head, outputs)
+    value, shown = loss(stats.logps)
+    if metrics:
+        shown = shown | _token_metrics(stats, targets != head.ignore_index if scored is None else scored, chosen)
+    return LossOutput(value, shown)
+
+
+@torch.no_grad()
+def _token_metrics(stats: TokenStats, mask: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    assert stats.entropy is not None
+    assert stats.mean_logit is not None
+    assert stats.is_top1 is not None
+    return {
+        "entropy": masked_mean(stats.entropy, mask),
+        "logits/chosen": masked_mean(stats.mean_logit, mask & chosen),
+        "logits/rejected": masked_mean(stats.mean_logit, mask & ~chosen),
+        "mean_token_accuracy": masked_mean(stats.is_top1, mask & chosen),
+    }
+
+
+def token_form(
+    where: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: Head,
+    loss: Callable[[Tensor, Tensor | None], LossOutput],
+    *,
+    entropy: bool,
+    entropy_grad: bool,
+) -> LossOutput:
+    """Returns ``loss(logps, entropy)``: the entropy where it is shown, with its gradient where it is part of the
+    loss."""
+    outputs: tuple[Output, ...] = ("logps", "entropy") if entropy or entropy_grad else ("logps",)
+    stats = token_stats(where, hidden, weight, targets, head, outputs, entropy_grad=entropy_grad)
+    return loss(stats.logps, stats.entropy)

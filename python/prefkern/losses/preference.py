@@ -1,17 +1,21 @@
-"""Preference pairs with a reference: the DPO family, one value per pair.
+"""Preference pairs: the table of pair losses, each one function of the pairs and one row.
 
-A loss of the family is one function of ``Pairs`` and ``PairOptions``, its declared coupling, and a line in
-``PAIR_LOSSES`` that says which options it reads.
+To add a loss of a pair, write its function with its declared coupling and its row in ``PAIR_LOSSES``: what it reads,
+the range of its label smoothing, and its value for `EXAMPLE`, worked out by hand. Its name in ``DPOLossType`` lets type
+checkers know it. Everything else (checks, messages, tests, the reference page) follows from the row.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern import check
 from prefkern.losses.objective import Objective, objective
 from prefkern.losses.reduce import divide, masked_mean, widen
+
+DPOLossType = Literal["sigmoid", "hinge", "ipo", "robust"]
 
 
 class Pairs(NamedTuple):
@@ -23,17 +27,25 @@ class Pairs(NamedTuple):
     rejected_lengths: Tensor | None = None
 
 
-class PairOptions(NamedTuple):
-    beta: float
-    label_smoothing: float = 0.0
+class PairOptions(Protocol):
+    """The options that the functions of pairs read."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def label_smoothing(self) -> float: ...
 
 
 class PairLoss(NamedTuple):
-    """An objective of the family and what it reads: the range of its label smoothing (low, high), lengths."""
+    """A row of the table: a function of pairs and what it reads."""
 
     function: Objective[[Pairs, PairOptions], Tensor]
+    expected: tuple[float, float]
+    """Its values for `EXAMPLE`."""
     smoothing: tuple[float, float] | None = None
+    """The range of its label smoothing, the upper end excluded; None: it has none."""
     needs_lengths: bool = False
+    source: str = "https://arxiv.org/abs/2305.18290"
 
 
 def log_ratios(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,11 +77,39 @@ def ipo(pairs: Pairs, options: PairOptions) -> Tensor:
     return (difference - 0.5 / options.beta).square()
 
 
+@objective("pair")
+def robust(pairs: Pairs, options: PairOptions) -> Tensor:
+    """``[-(1 - e) ls(beta d) + e ls(-beta d)] / (1 - 2 e)``, unbiased where a share e of the labels is flipped."""
+    x, e = options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing
+    return (e * F.logsigmoid(-x) - (1.0 - e) * F.logsigmoid(x)) / (1.0 - 2.0 * e)
+
+
+EXAMPLE = Pairs(torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.4]), torch.tensor([2, 4]), torch.tensor([5, 2]))
+EXAMPLE_BETA, EXAMPLE_SMOOTHING = 0.5, 0.1
+"""Two pairs, and the options with which every row states its values (smoothing 0 where a loss has none)."""
+
 PAIR_LOSSES: dict[str, PairLoss] = {
-    "sigmoid": PairLoss(sigmoid, smoothing=(0.0, 0.5)),
-    "hinge": PairLoss(hinge),
-    "ipo": PairLoss(ipo, needs_lengths=True),
+    "sigmoid": PairLoss(sigmoid, (0.55301525, 0.89824895), smoothing=(0.0, 0.5)),
+    "hinge": PairLoss(hinge, (0.6, 1.45), source="https://arxiv.org/abs/2305.10425"),
+    "ipo": PairLoss(ipo, (0.2916, 1.755625), needs_lengths=True, source="https://arxiv.org/abs/2310.12036"),
+    "robust": PairLoss(
+        robust, (0.46301525, 0.99949895), smoothing=(0.0, 0.5), source="https://arxiv.org/abs/2403.00409"
+    ),
 }
+
+
+def check_pair_options(
+    where: str, loss_type: str, label_smoothing: float, family: dict[str, PairLoss] = PAIR_LOSSES
+) -> None:
+    """Checks that the loss is one of its family and reads the smoothing that it is given."""
+    check.one_of(where, "loss_type", loss_type, tuple(family))
+    smoothing = family[loss_type].smoothing
+    if smoothing is not None:
+        low, high = smoothing
+        check.number(where, "label_smoothing", label_smoothing, low=low, high=high, open_high=True)
+    elif label_smoothing != 0.0:
+        used = " or ".join(repr(name) for name, loss in family.items() if loss.smoothing is not None)
+        check.fail(where, f"label_smoothing is for loss_type={used}; {loss_type!r} has none, got {label_smoothing!r}")
 
 
 @torch.no_grad()

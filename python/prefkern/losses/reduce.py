@@ -1,5 +1,6 @@
 """Sums and means over tokens, sequences and rows. A mean over nothing is 0, with a graph and a zero gradient."""
 
+import math
 from typing import Literal
 
 import torch
@@ -18,6 +19,21 @@ def widen(x: Tensor) -> Tensor:
 def scored(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x``, widened, 0 where not scored: applied before any mathematics, so that no masked value reaches a result."""
     return widen(x) if mask is None else widen(x).masked_fill(~mask, 0.0)
+
+
+def scored_mask(mask: Tensor | None, targets: Tensor | None, ignore_index: int = -100) -> Tensor | None:
+    """Where a token is scored: ``targets != ignore_index``, and the mask where one is given; None is everywhere."""
+    if targets is None:
+        return mask
+    return targets != ignore_index if mask is None else mask & (targets != ignore_index)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - e^x)`` for x < 0; near 0, where ``e^x`` rounds to 1, log1p would have an infinite gradient to mask."""
+    near = x > -math.log(2.0)
+    by_expm1 = torch.log(-torch.expm1(x))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near, -math.log(2.0), x)))
+    return torch.where(near, by_expm1, by_log1p)
 
 
 def divide(total: Tensor, count: Tensor | float) -> Tensor:

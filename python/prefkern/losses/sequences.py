@@ -1,10 +1,11 @@
-"""Aligned targets and sequence log-probabilities: the public functions."""
+"""From tokens to sequences: aligned targets, sequence log-probabilities, and those of preference pairs."""
 
+import torch
 from torch import Tensor
 
 from prefkern import check
 from prefkern.losses import inputs
-from prefkern.objectives import sequences
+from prefkern.losses.reduce import divide, per_token, scored, sequence_ids, sequence_lengths, sequence_sums
 from prefkern.types import PairLogps
 
 
@@ -39,7 +40,15 @@ def shift_labels(
     check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         check.offsets(where, cu_seqlens, input_ids.numel())
-    return sequences.shift_labels(input_ids, mask=mask, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, ignore_index)
+    targets = input_ids.roll(-1, dims=-1)
+    if cu_seqlens is None:
+        last = torch.arange(input_ids.shape[-1], device=input_ids.device) == input_ids.shape[-1] - 1
+    else:
+        begins = torch.zeros(input_ids.shape[0] + 1, dtype=torch.bool, device=input_ids.device)
+        last = begins.index_fill(0, cu_seqlens.long(), True)[1:]
+    return targets.masked_fill(last, ignore_index)
 
 
 def sequence_logps(
@@ -72,7 +81,8 @@ def sequence_logps(
     inputs.tokens(where, cu_seqlens, logps=logps)
     inputs.sequences(where, "logps", logps, cu_seqlens)
     mask = inputs.scored(where, logps, mask, targets, ignore_index)
-    return sequences.sequence_logps(logps, mask, cu_seqlens, average=average)
+    sums = sequence_sums(scored(logps, mask), cu_seqlens)
+    return divide(sums, sequence_lengths(logps, mask, cu_seqlens)) if average else sums
 
 
 def pair_logps(
@@ -103,13 +113,27 @@ def pair_logps(
     """
     where = "pair_logps"
     inputs.tokens(where, cu_seqlens, logps=logps)
-    check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
+    inputs.check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
     if ld_alpha is not None:
         ld_alpha = check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
     mask = inputs.scored(where, logps, mask, targets, ignore_index)
-    return sequences.pair_logps(logps, mask, cu_seqlens, ld_alpha=ld_alpha, average=average)
+    logps = scored(logps, mask)
+    lengths = sequence_lengths(logps, mask, cu_seqlens)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    if ld_alpha is not None:
+        shared = per_token(torch.minimum(chosen_lengths, rejected_lengths).repeat(2), logps, cu_seqlens)
+        tail = _ordinals(logps, mask, cu_seqlens) > shared
+        logps = torch.where(tail, ld_alpha * logps, logps)
+    sums = sequence_sums(logps, cu_seqlens)
+    chosen, rejected = (divide(sums, lengths) if average else sums).chunk(2)
+    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
-def check_even(where: str, count: int) -> None:
-    if count % 2:
-        check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")
+def _ordinals(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The number of scored tokens of its own sequence up to and with each token."""
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    counted = mask.cumsum(-1)
+    if cu_seqlens is None:
+        return counted
+    before = torch.nn.functional.pad(counted, (1, 0))[cu_seqlens]
+    return counted - before[sequence_ids(cu_seqlens, x.shape[0])]

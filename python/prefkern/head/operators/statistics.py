@@ -7,11 +7,7 @@ from prefkern.kernels.interface import Logits, RowStats, wide_dtype
 from prefkern.types import Temperature
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
-
-
 LOGITS = "Tensor? row_temperature, float temperature, float? softcap, int ignore_index"
-
-
 STATS = (
     "Tensor logps, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logit, "
     "Tensor is_top1"

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prefkern.check import MissingDependency, fail, require
-from prefkern.head.logprobs import bounded_token_logprobs
+from prefkern.head.inputs import Head
+from prefkern.head.logprobs import token_stats
 from prefkern.integrations.trl import memory
 from prefkern.integrations.trl.replaced import Replaced
 
@@ -73,20 +74,23 @@ class _Head:
         self.calls += 1
         held, scratch = memory.bounds_of(hidden, weight)
         with _kept_on_device():
-            stats = bounded_token_logprobs(
+            stats = token_stats(
+                f"{_WHERE}.patch",
                 hidden,
                 weight,
                 targets,
-                scratch,
-                bias=bias,
-                temperature=float(temperature),
-                logit_scale=float(logit_scale),
-                softcap=final_logit_softcapping,
-                ignore_index=_NO_TARGET,
-                outputs=[_FIELDS[name] for name in ("log_probs", *outputs)],  # type: ignore[misc]
+                Head(
+                    bias=bias,
+                    temperature=float(temperature),
+                    logit_scale=float(logit_scale),
+                    softcap=final_logit_softcapping,
+                    ignore_index=_NO_TARGET,
+                    max_memory=held,
+                    num_scored=targets.shape[0],
+                ),
+                [_FIELDS[name] for name in ("log_probs", *outputs)],  # type: ignore[misc]
                 entropy_grad="entropy" in outputs,
-                max_memory=held,
-                num_scored=targets.shape[0],
+                scratch_bytes=scratch,
             )
         return tuple(getattr(stats, field) for field in _FIELDS.values())
 

@@ -57,7 +57,9 @@ def last_hidden(
     if input_ids.ndim not in (1, 2):
         checks.fail(_WHERE, f"input_ids must be [B, T] or packed [N], got {checks.describe(input_ids)}")
     if "labels" in inputs:
-        checks.fail(_WHERE, "labels must not be passed: no loss is made here; give targets to the function that makes it")
+        checks.fail(
+            _WHERE, "labels must not be passed: no loss is made here; give targets to the function that makes it"
+        )
     rows = input_ids if input_ids.ndim == 2 else input_ids[None]
     if cu_seqlens is not None or "cu_seq_lens_q" in inputs:
         if attention_mask is not None:
@@ -69,7 +71,9 @@ def last_hidden(
     elif attention_mask is not None:
         if attention_mask.ndim == 2 and attention_mask.shape != rows.shape:
             checks.fail(
-                _WHERE, f"attention_mask must be shaped like input_ids {tuple(rows.shape)}, got {checks.describe(attention_mask)}"
+                _WHERE,
+                f"attention_mask must be shaped like input_ids {tuple(rows.shape)}, "
+                f"got {checks.describe(attention_mask)}",
             )
         inputs["attention_mask"] = attention_mask
         if position_ids is None and attention_mask.ndim == 2 and trunk.counts_from_mask(_WHERE, attention_mask, inputs):

@@ -21,9 +21,10 @@ class Known:
         self.forms: dict[Hashable, Form] = {}
         self.checked: set[Hashable] = set()
         self.positions: str | None = None
-        """How a padded row gets its positions: from the mask, from the model itself, or wrongly ('right': pad there)."""
-        self.packed: float | None = None
-        """How far the hidden states of packed sequences are from their own, relative to the largest."""
+        """Who counts the positions of a padded row: 'mask', the 'model' itself, or nobody ('right': pad there)."""
+        self.packed: dict[str, float] = {}
+        """By attention implementation: how far the hidden states of packed sequences are from their own, relative to
+        the largest."""
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
@@ -62,8 +63,8 @@ def form_of(where: str, model: Any, layer: nn.Module, matrix: Matrix) -> Form:
         except NotThisForm as seen:
             checks.fail(
                 where,
-                f"{type(model).__name__} must make its logits as softcap(logit_scale (h W^T + bias)), but {seen}: pass the "
-                "logits of model(...) to the losses on log-probabilities instead",
+                f"{type(model).__name__} must make its logits as softcap(logit_scale (h W^T + bias)), but {seen}: pass "
+                "the logits of model(...) to the losses on log-probabilities instead",
             )
     return forms[key]
 
@@ -74,7 +75,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     warnings of its code as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(sorted(device.index or 0 for device in devices)), warnings.catch_warnings():
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(sorted(device.index or 0 for device in devices)),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             for module, _ in modes:

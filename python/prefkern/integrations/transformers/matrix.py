@@ -40,8 +40,7 @@ def output_matrix(where: str, layer: Any) -> Matrix:
             )
         lora, bias, dropout = _lora(where, layer)
         layer = layer.get_base_layer()
-    weight = getattr(layer, "weight", None)
-    _check_weight(where, layer, weight)
+    weight = _weight(where, layer)
     own: Tensor | None = getattr(layer, "bias", None)
     if bias is not None:
         own = bias if own is None else own + bias
@@ -49,7 +48,7 @@ def output_matrix(where: str, layer: Any) -> Matrix:
 
 
 def computable(model: nn.Module) -> bool:
-    """Whether one can compute with the weights here: none on meta, none a shard of FSDP, ZeRO-3 or tensor parallelism."""
+    """Whether one can compute with the weights here: none on meta, none a shard (FSDP, ZeRO-3, tensor parallelism)."""
     return not any(
         each.is_meta or type(each).__name__ == "DTensor" or hasattr(each, "ds_id") for each in model.parameters()
     )
@@ -66,7 +65,9 @@ def _lora(where: str, layer: Any) -> tuple[LoRA | None, Tensor | None, float]:
     """The active adapters in one, the bias they add, and their dropout."""
     if layer.disable_adapters:
         if layer.merged:
-            checks.fail(where, "the adapter on the output layer must be unmerged before it is disabled: unmerge_adapter()")
+            checks.fail(
+                where, "the adapter on the output layer must be unmerged before it is disabled: unmerge_adapter()"
+            )
         return None, None, 0.0
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.merged or not active:
@@ -74,13 +75,19 @@ def _lora(where: str, layer: Any) -> tuple[LoRA | None, Tensor | None, float]:
     variants = getattr(layer, "lora_variant", {})
     odd = next((type(variants[name]).__name__ for name in active if name in variants), None)
     if odd:
-        checks.fail(where, f"the adapter on the output layer must be plain LoRA, got {odd}: merge it first (merge_adapter)")
+        checks.fail(
+            where, f"the adapter on the output layer must be plain LoRA, got {odd}: merge it first (merge_adapter)"
+        )
     a, b, scales = (
         [layer.lora_A[name].weight for name in active],
         [layer.lora_B[name].weight for name in active],
         [float(layer.scaling[name]) for name in active],
     )
-    biases = [layer.lora_B[name].bias * scale for name, scale in zip(active, scales, strict=True) if layer.lora_B[name].bias is not None]
+    biases = [
+        layer.lora_B[name].bias * scale
+        for name, scale in zip(active, scales, strict=True)
+        if layer.lora_B[name].bias is not None
+    ]
     dropout = max(float(getattr(layer.lora_dropout[name], "p", 0.0)) for name in active)
     if len(active) == 1:
         lora = a[0], b[0], scales[0]
@@ -89,7 +96,8 @@ def _lora(where: str, layer: Any) -> tuple[LoRA | None, Tensor | None, float]:
     return lora, sum(biases[1:], biases[0]) if biases else None, dropout
 
 
-def _check_weight(where: str, layer: object, weight: Any) -> None:
+def _weight(where: str, layer: object) -> Tensor:
+    weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         checks.fail(
             where,
@@ -102,8 +110,10 @@ def _check_weight(where: str, layer: object, weight: Any) -> None:
     if quantised:
         checks.fail_type(
             where,
-            f"the output matrix must be a plain floating-point tensor, got {type(weight).__name__} of {weight.dtype}: leave it "
-            "out of the quantisation (llm_int8_skip_modules=['lm_head'], modules_to_not_convert), or dequantise it",
+            f"the output matrix must be a plain floating-point tensor, got {type(weight).__name__} of {weight.dtype}: "
+            "leave it out of the quantisation (llm_int8_skip_modules=['lm_head'], modules_to_not_convert), or "
+            "dequantise it",
         )
     if weight.ndim != 2 and weight.numel() and not hasattr(weight, "ds_id"):
         checks.fail(where, f"the output matrix must be [V, H], got {tuple(weight.shape)} in {type(layer).__name__}")
+    return weight

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check as checks
-
 _MAGNITUDES = (0.0, 1e-4, 1.0, 10.0, 100.0, 1e4, 1e6)  # of y, one for each position
 _SMALL, _LARGE, _HUGE = 1, 5, 6
 _MASKED = -1e3  # a logit of a zero below this one is a token that cannot be sampled
@@ -53,8 +51,12 @@ def probe(model: Any, layer: nn.Module, V: int, H: int) -> Form:
         if matrix.x is not None and trunk.called is not None:
             return _form(model, trunk, matrix, _logits(output))
         last = None
-    why = f"its forward fails on stand-ins for trunk and matrix ({type(last).__name__}: {str(last)[:200]})" if last else (
-        "its forward does not call the trunk and the output layer that it names (base_model, get_output_embeddings)"
+    why = (
+        f"its forward fails on stand-ins for trunk and matrix ({type(last).__name__}: {str(last)[:200]})"
+        if last
+        else (
+            "its forward does not call the trunk and the output layer that it names (base_model, get_output_embeddings)"
+        )
     )
     raise NotThisForm(why)
 
@@ -140,7 +142,10 @@ class _Output:
 @contextlib.contextmanager
 def _replaced(model: Any, others: dict[nn.Module, nn.Module], trunk: _Trunk, names: list[str]) -> Iterator[None]:
     """Children of their parents for a while: the originals and their hooks are not touched."""
-    stand_ins = {**{model.get_submodule(name): _TrunkStandIn(model.get_submodule(name), name, trunk) for name in names}, **others}
+    stand_ins = {
+        **{model.get_submodule(name): _TrunkStandIn(model.get_submodule(name), name, trunk) for name in names},
+        **others,
+    }
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -174,12 +179,17 @@ def _form(model: Any, trunk: _Trunk, matrix: _Matrix, z: Any) -> Form:
     apart = ((z - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-30))[1:].max()
     if not float(apart) <= 16 * close:
         raise NotThisForm(
-            f"what becomes of the products is not a scale and a tanh cap (nearest: scale {scale:g}, cap {cap}, relative "
-            f"difference {float(apart):.2g})"
+            f"what becomes of the products is not a scale and a tanh cap (nearest: scale {scale:g}, cap {cap}, "
+            f"relative difference {float(apart):.2g})"
         )
     name, divisor = _before(trunk, x, constants)
     return Form(
-        scale / divisor, cap, divisor, z.shape[1] if bool(allowed.all()) else len(allowed), None if bool(allowed.all()) else allowed, name
+        scale / divisor,
+        cap,
+        divisor,
+        z.shape[1] if bool(allowed.all()) else len(allowed),
+        None if bool(allowed.all()) else allowed,
+        name,
     )
 
 

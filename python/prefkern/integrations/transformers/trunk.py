@@ -1,5 +1,6 @@
 """A model's trunk: how it is called, and what it makes of padding and of packed sequences."""
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -14,6 +15,9 @@ from prefkern.integrations.transformers.probe import Form
 
 _IMAGES = ("pixel_values", "image", "video", "audio", "input_features")
 """Inputs of models that take more than text: they count positions over these too."""
+
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError, AssertionError)
+"""What a model's code raises on inputs that it does not take."""
 
 
 class Trunk:
@@ -30,7 +34,11 @@ class Trunk:
     def __call__(self, **inputs: Any) -> Tensor:
         inputs = without_cache(self._called) | inputs
         if not self._any:
-            inputs = {name: value for name, value in inputs.items() if name in self._names or "_length" not in name and "seq_lens" not in name}
+            inputs = {
+                name: value
+                for name, value in inputs.items()
+                if name in self._names or ("_length" not in name and "seq_lens" not in name)
+            }
         if not self._direct:
             return self._without_product(inputs)
         output = self._called(**inputs)
@@ -55,46 +63,55 @@ class Trunk:
         return facts.positions == "mask"
 
     def must_tell_sequences_apart(self, where: str) -> None:
-        facts = known(self._model)
-        if facts.packed is None and computable(self._model):
-            facts.packed = self._compare_packing()
-        if facts.packed is not None and not facts.packed <= self._tolerance():
+        packed, attention = known(self._model).packed, str(getattr(self._model.config, "_attn_implementation", None))
+        if attention not in packed:
+            if not computable(self._model):
+                return  # weights are sharded: nothing can be compared
+            packed[attention] = self._compare_packing()
+        apart, name = packed[attention], type(self._model).__name__
+        if not apart <= self._tolerance():
             checks.fail(
                 where,
-                f"{type(self._model).__name__} (attn_implementation={self._model.config._attn_implementation!r}) does not tell "
-                f"packed sequences apart: hidden states differ from those of each sequence alone by {facts.packed:.2g} of "
-                "the largest. Pass padded rows with an attention_mask",
+                f"{name} (attn_implementation={attention!r}) does not tell packed sequences apart: hidden states "
+                f"differ from those of each sequence alone by {apart:.2g} of the largest. Pass "
+                "padded rows with an attention_mask, or load the model with another attn_implementation",
             )
 
     def _compare_padding(self) -> str:
         pad = getattr(self._model.config.get_text_config(), "pad_token_id", None)
         pad = pad if isinstance(pad, int) and pad >= 0 else 0
-        row = self._row(5)
-        padded = torch.cat([row.new_full((1, 2), pad), row], 1)
+        row = self._row()[:, 5:]
+        padded = torch.cat([row.new_full((1, 5), pad), row], 1)
         mask = torch.ones_like(padded)
-        mask[:, :2] = 0
+        mask[:, :5] = 0
         ways: dict[str, dict[str, Tensor]] = {"mask": {"position_ids": count_positions(mask)}, "model": {}}
         if "position_ids" not in self._names:
             del ways["mask"]
         with undisturbed(self._model):
             alone = self(input_ids=row)
             for way, positions in ways.items():
-                if _apart(self(input_ids=padded, attention_mask=mask, **positions)[:, 2:], alone) <= self._tolerance():
-                    return way
+                with contextlib.suppress(*MODEL_ERRORS):
+                    there = self(input_ids=padded, attention_mask=mask, **positions)[:, 5:]
+                    if _apart(there, alone) <= self._tolerance():
+                        return way
         return "right"
 
     def _compare_packing(self) -> float:
         if not self._any and "position_ids" not in self._names:
             return float("inf")
-        row = self._row(7)
-        offsets = torch.tensor([0, 4, 7], device=row.device)
-        with undisturbed(self._model):
+        row = self._row()
+        N, first = row.shape[1], 2 * row.shape[1] // 5
+        offsets = torch.tensor([0, first, N], device=row.device)
+        with undisturbed(self._model), contextlib.suppress(*MODEL_ERRORS):
             together = self(input_ids=row, **pack("last_hidden", row, offsets))
-            alone = torch.cat([self(input_ids=row[:, :4]), self(input_ids=row[:, 4:])], 1)
-        return _apart(together, alone)
+            alone = torch.cat([self(input_ids=row[:, :first]), self(input_ids=row[:, first:])], 1)
+            return _apart(together, alone)
+        return float("inf")
 
-    def _row(self, length: int) -> Tensor:
-        return some_tokens(self._model, length)[None]
+    def _row(self) -> Tensor:
+        """Long enough for layers that work on blocks of tokens, if the model takes as many."""
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 64
+        return some_tokens(self._model, max(8, min(64, most - 8)))[None]
 
     def _tolerance(self) -> float:
         """Between what reordered sums differ by through many layers and what another position does."""
@@ -128,7 +145,7 @@ def without_cache(module: nn.Module) -> dict[str, bool]:
 
 def some_tokens(model: Any, length: int) -> Tensor:
     """Distinct ordinary tokens ``[length]``, on the device of the embeddings."""
-    embeddings = model.get_input_embeddings().weight
+    embeddings: Tensor = model.get_input_embeddings().weight
     V = embeddings.shape[0]
     return (V // 3 + torch.arange(length, device=embeddings.device)) % V
 

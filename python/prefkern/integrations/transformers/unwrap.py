@@ -38,14 +38,17 @@ def causal_model(where: str, model: Any) -> tuple[Any, nn.Module]:
     """The unwrapped model and its output layer; refuses by name what is not a causal language model."""
     model = unwrap(where, model)
     name = type(model).__name__
+    inner: Any = model
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         checks.fail_type(
-            where, f"model must be a causal language model of transformers, alone or in peft, DDP or torch.compile, {_got(model)}"
+            where,
+            "model must be a causal language model of transformers, alone or in peft, DDP or torch.compile, "
+            f"got {name}",
         )
     if getattr(model.config, "is_encoder_decoder", False):
         _not_causal(where, f"{name}, an encoder-decoder")
     task = next((task for task in _TASKS if task in name), None)
-    head = None if task else model.get_output_embeddings()
+    head: Any = None if task else inner.get_output_embeddings()
     if task or head is None:
         _not_causal(where, f"{name}, which has no output layer for next-token logits")
     return model, head
@@ -53,7 +56,3 @@ def causal_model(where: str, model: Any) -> tuple[Any, nn.Module]:
 
 def _not_causal(where: str, got: str) -> NoReturn:
     checks.fail_type(where, f"model must be a causal language model (AutoModelForCausalLM), got {got}")
-
-
-def _got(model: object) -> str:
-    return f"got {type(model).__name__}"

@@ -155,6 +155,16 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "chunk_size": 8,
+        "adapter_rank": 4,
+        "use_mamba_kernels": False,
+    },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 

@@ -1,7 +1,9 @@
 """The head of a model as arguments of the functions on hidden states, against the model's own logits."""
 
 import copy
+import doctest
 import gc
+import importlib
 import pickle
 import weakref
 from typing import Any
@@ -83,6 +85,16 @@ def test_splats_into_a_linear_loss() -> None:
     sums = own_logps(model, ids, targets.clamp(min=0)).masked_fill(targets == -100, 0).sum(-1)
     expected = -torch.nn.functional.logsigmoid(0.1 * (sums[:2] - sums[2:])).mean()
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_bias_beside_a_divisor_before_the_matrix() -> None:
+    kind, changes, _ = HEADS["a divisor before the matrix"]
+    model, ids = tiny(kind, **changes), tokens()
+    model.lm_head = grown(nn.Linear(16, V))
+    assert head_of(model)["logit_scale"] == 0.25
+    torch.testing.assert_close(head_logps(model, ids, ids).double(), own_logps(model, ids, ids), rtol=0, atol=2e-6)
+    h = model.model(input_ids=ids).last_hidden_state  # what else one might take for the hidden states
+    torch.testing.assert_close(last_hidden(model, ids), h)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -208,6 +220,17 @@ def test_takes_a_model_in_its_wrappers() -> None:
     assert last_hidden(torch.compile(model), tokens()).shape == (2, 7, 16)
 
 
+def test_comparisons_are_not_made_under_autocast() -> None:
+    model, ids = tiny("gpt2", **GPT2), tokens()
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        head_of(model)
+        hidden = last_hidden(model, ids, mask)
+    assert known.known(model).positions == "mask"
+    assert hidden.isfinite().all()
+
+
 def test_meta_weights_need_check_false() -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -302,3 +325,11 @@ def test_refuses_quantised_weights() -> None:
     model.lm_head = nn.Module()
     with pytest.raises(ValueError, match=r"must be one matrix \[V, H\] with a weight, got Module"):
         head_of(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["head", "hidden", "noise"])
+def test_examples_run(name: str) -> None:
+    module = importlib.import_module(f"prefkern.integrations.transformers.{name}")
+    found = doctest.testmod(module)
+    assert (found.failed, found.attempted > 2) == (0, True)

@@ -72,8 +72,18 @@ def head_of(model: Any, *, check: bool = True, reference: bool = False) -> Model
             whose logits depend on later tokens; an adapter with dropout on the output layer in train mode.
 
     Example:
-        >>> hidden = pk.last_hidden(model, input_ids, attention_mask)
-        >>> logps = pk.linear_token_logprobs(hidden, targets=targets, **pk.head_of(model)).logps
+        >>> import torch, transformers, prefkern as pk
+        >>> config = transformers.CohereConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = transformers.AutoModelForCausalLM.from_config(config)
+        >>> input_ids = torch.arange(12).view(2, 6)
+        >>> from prefkern.integrations.transformers import head_of, last_hidden
+        >>> sorted(head_of(model)), head_of(model)["logit_scale"]
+        (['logit_scale', 'weight'], 0.0625)
+        >>> hidden, targets = last_hidden(model, input_ids), pk.shift_labels(input_ids)
+        >>> pk.linear_token_logprobs(hidden, targets=targets, **head_of(model)).logps.shape
+        torch.Size([2, 6])
     """
     inner, layer = causal_model(_WHERE, model)
     matrix = output_matrix(_WHERE, layer)
@@ -138,7 +148,7 @@ def _checked(model: Any, layer: nn.Module, matrix: Matrix, form: Form) -> Form:
             f"the weights of {type(model).__name__} are sharded or on meta, so that its logits cannot be compared: "
             "call head_of(model) once before they are sharded, or pass check=False",
         )
-    with undisturbed(model), torch.autocast(matrix.weight.device.type, enabled=False):
+    with undisturbed(model):
         try:
             seen = _Seen(model, layer)
         except MODEL_ERRORS as error:
@@ -188,8 +198,9 @@ def _compare(model: Any, layer: nn.Module, matrix: Matrix, form: Form, seen: _Se
     if _differs(earlier[0], earlier[1], own):
         checks.fail_type(
             _WHERE,
-            f"model must be causal, got {name}, whose logits of a token change by {_largest(earlier[0], earlier[1]):.3g} when the "
-            "token after it does: a masked language model, or a decoder without is_decoder=True",
+            f"model must be causal, got {name}, whose logits of a token change by "
+            f"{_largest(earlier[0], earlier[1]):.3g} when the token after it does: "
+            "a masked language model, or a decoder without is_decoder=True",
         )
     product = matrix.product(seen.x)
     if _differs(product, seen.y, seen.y):

@@ -48,8 +48,16 @@ def last_hidden(
             row alone. Its first padded (packed) batch begins with a comparison on a few tokens.
 
     Example:
-        >>> hidden = pk.last_hidden(model, input_ids, attention_mask)
-        >>> logps = pk.linear_token_logprobs(hidden, targets=targets, **pk.head_of(model)).logps
+        >>> import torch, transformers, prefkern as pk
+        >>> config = transformers.CohereConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = transformers.AutoModelForCausalLM.from_config(config)
+        >>> input_ids = torch.arange(12).view(2, 6)
+        >>> from prefkern.integrations.transformers import head_of, last_hidden
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        >>> last_hidden(model, input_ids, mask).shape
+        torch.Size([2, 6, 16])
     """
     model, layer = causal_model(_WHERE, model)
     trunk = Trunk(model, layer, form_of(_WHERE, model, layer, output_matrix(_WHERE, layer)))

@@ -1,6 +1,7 @@
 """What is known of each model: found at the first use, kept as long as the model lives."""
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -71,15 +72,18 @@ def form_of(where: str, model: Any, layer: nn.Module, matrix: Matrix) -> Form:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A look at the model that leaves no trace: no gradient, dropout off, its modes, the random numbers and the
-    warnings of its code as before."""
+    """A look at the model that leaves no trace: no gradient, no autocast, nothing compiled, dropout off; its modes and
+    the random numbers as before, the warnings of its code unheard."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {each.device for each in model.parameters() if each.device.type == "cuda"}
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(sorted(device.index or 0 for device in devices)),
-        warnings.catch_warnings(),
-    ):
+    devices = {each.device for each in model.parameters()}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng([each.index or 0 for each in devices if each.type == "cuda"]))
+        for kind in {each.type for each in devices} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         try:
             for module, _ in modes:

@@ -50,6 +50,15 @@ def without_noise(model: nn.Module) -> Quiet:
 
     A configuration that is read in the forward (Falcon, GPT-J) is replaced by a copy in the parts that read it; that
     of the model itself, which ``save_pretrained`` writes, keeps its rates.
+
+    Example:
+        >>> import torch
+        >>> model, x = torch.nn.Sequential(torch.nn.Dropout(0.5)), torch.ones(4)
+        >>> with without_noise(model):
+        ...     model(x)
+        tensor([1., 1., 1., 1.])
+        >>> model[0].p
+        0.5
     """
     quiet = Quiet()
     copies: dict[int, Any] = {}

@@ -1,7 +1,6 @@
 """Every causal architecture of the installed transformers: its head is right or refused, and no noise is left."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -10,29 +9,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("architectures", ROOT / "bench" / "architectures.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("architectures")
 
 
 @pytest.mark.slow
-def test_no_architecture_is_wrong() -> None:
+def test_no_architecture_is_wrong(script: ModuleType) -> None:
     """Within 1e-5 of the model's own log-probabilities, a ratio of exactly 1 in train mode under without_noise, and
     padding on the left and packed rows equal or refused."""
-    script = _script()
     rows = list(script.sweep(script.kinds()))
     assert [row for row in rows if row.verdict == "wrong"] == []
     assert {row.kind for row in rows if row.verdict == "refused"} <= {"cpmant", "prophetnet", "xlm", "xlnet"}
     assert sum(row.verdict == "right" for row in rows) >= 0.9 * len(rows)
 
 
-def test_the_sweep_tells_right_from_wrong() -> None:
-    script = _script()
+def test_the_sweep_tells_right_from_wrong(script: ModuleType) -> None:
     rows = {row.kind: row for row in script.sweep(["gemma2", "xlnet"])}
     assert rows["gemma2"].verdict == "right"
     assert rows["gemma2"].plain > 1e-3  # without the cap it is not

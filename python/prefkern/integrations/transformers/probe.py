@@ -38,13 +38,15 @@ class NotThisForm(Exception):  # noqa: N818 - caught and told in a sentence, nev
 def probe(model: Any, layer: nn.Module, V: int, H: int) -> Form:
     """Runs the model's forward around stand-ins for trunk and matrix. Raises `NotThisForm`."""
     last: Exception | None = None
+    own, device = _kind(model)
+    ids = torch.zeros(1, len(_MAGNITUDES), dtype=torch.long, device=device)
     for dtype in (torch.float64, None):  # float64 cannot pass a transform with weights: then its own dtype
-        trunk = _Trunk(H, dtype or _dtype(model))
-        matrix = _Matrix(layer, V)
+        trunk = _Trunk(H, dtype or own, device)
+        matrix = _Matrix(layer, V, device)
         names = trunk_names(model)
         try:
             with _replaced(model, {layer: matrix}, trunk, names):
-                output = type(model).forward(model, input_ids=torch.zeros(1, len(_MAGNITUDES), dtype=torch.long))
+                output = type(model).forward(model, input_ids=ids)
         except Exception as error:  # whatever a model's code raises on stand-ins
             last = error
             continue
@@ -77,9 +79,9 @@ def trunk_names(model: Any) -> list[str]:
 class _Trunk:
     """Hidden states, and which of the candidates was asked for them."""
 
-    def __init__(self, H: int, dtype: torch.dtype) -> None:
+    def __init__(self, H: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(1, len(_MAGNITUDES), H, dtype=torch.float64, generator=generator).to(dtype)
+        self.hidden = torch.randn(1, len(_MAGNITUDES), H, dtype=torch.float64, generator=generator).to(device, dtype)
         self.called: str | None = None
 
 
@@ -106,10 +108,11 @@ class _TrunkStandIn(_StandIn):
 
 
 class _Matrix(_StandIn):
-    def __init__(self, original: nn.Module, V: int) -> None:
+    def __init__(self, original: nn.Module, V: int, device: torch.device) -> None:
         super().__init__(original)
         ramp = torch.linspace(-1.0, 1.0, V, dtype=torch.float64)  # each column its own number
-        self.__dict__.update(x=None, y=torch.tensor(_MAGNITUDES, dtype=torch.float64)[None, :, None] * ramp)
+        y = torch.tensor(_MAGNITUDES, dtype=torch.float64)[None, :, None] * ramp
+        self.__dict__.update(x=None, y=y.to(device))
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         self.__dict__["x"] = x
@@ -229,8 +232,10 @@ def _constants(model: Any) -> list[float]:
     return held + [1 / value for value in held]
 
 
-def _dtype(model: Any) -> torch.dtype:
-    return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+def _kind(model: Any) -> tuple[torch.dtype, torch.device]:
+    """Its dtype and device; the CPU for a model on meta, where nothing can be seen."""
+    weight = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(()))
+    return weight.dtype, torch.device("cpu") if weight.is_meta else weight.device
 
 
 def _logits(output: Any) -> Any:

@@ -8,7 +8,7 @@ RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n > 8 ? 8 : n)))
 
-.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-engine measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
+.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-engine measure-data architectures cpu-head lint format wheel compile-report mutants stubtest constraints clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -64,6 +64,10 @@ bench: setup ## the side-by-side benchmark: naive eager, TRL, Liger, prefkern
 
 measure: setup ## run the benchmark and rewrite the measured tables of README.md and docs/measured.md
 	@$(BIN)/python -m prefkern bench --json --plot --output bench/results/cpu
+	@$(BIN)/python tools/measured.py
+
+architectures: setup ## which causal models of transformers head_of reads: build each small, compare; rewrite the table
+	@$(BIN)/python bench/architectures.py --markdown bench/results/architectures.md
 	@$(BIN)/python tools/measured.py
 
 cpu-head: setup ## where the time of the head on a CPU goes; rewrites docs/cpu-head.md

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prefkern.head import plan
     from prefkern.head.divergence import kl_divergence, linear_kl_divergence
     from prefkern.head.logprobs import linear_token_logprobs, token_logprobs
+    from prefkern.integrations.transformers import head_of, last_hidden
     from prefkern.losses import (
         CPOLoss,
         DPOLoss,
@@ -59,10 +60,12 @@ __all__ = [
     "cpo_loss",
     "data",
     "dpo_loss",
+    "head_of",
     "integrations",
     "kl_divergence",
     "kto_kl",
     "kto_loss",
+    "last_hidden",
     "linear_cpo_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
@@ -86,6 +89,8 @@ __all__ = [
 
 _PARTS = {"data": "data", "integrations": "integrations", "plan": "head.plan"}
 _HOMES = {
+    "head_of": "integrations.transformers",
+    "last_hidden": "integrations.transformers",
     "kl_divergence": "head.divergence",
     "linear_kl_divergence": "head.divergence",
     "linear_token_logprobs": "head.logprobs",

@@ -6,7 +6,7 @@ from typing import Any, Literal, Required, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check as checks
+from prefkern import check as checks
 from prefkern.integrations.transformers.known import form_of, known, state, undisturbed
 from prefkern.integrations.transformers.matrix import Matrix, computable, output_matrix
 from prefkern.integrations.transformers.probe import Form

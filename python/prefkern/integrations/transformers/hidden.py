@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefkern import _check as checks
+from prefkern import check as checks
 from prefkern.integrations.transformers.known import form_of
 from prefkern.integrations.transformers.matrix import output_matrix
 from prefkern.integrations.transformers.positions import count_positions, pack

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from prefkern import _check as checks
+from prefkern import check as checks
 from prefkern.integrations.transformers.matrix import Matrix
 from prefkern.integrations.transformers.probe import Form, NotThisForm, numbers, probe
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check as checks
+from prefkern import check as checks
 from prefkern.types import LoRA
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern import _check as checks
+from prefkern import check as checks
 
 
 def count_positions(attention_mask: Tensor) -> Tensor:

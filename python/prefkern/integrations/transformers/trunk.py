@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check as checks
+from prefkern import check as checks
 from prefkern.integrations.transformers.known import known, undisturbed
 from prefkern.integrations.transformers.matrix import computable
 from prefkern.integrations.transformers.positions import count_positions, pack

@@ -4,7 +4,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from prefkern import _check as checks
+from prefkern import check as checks
 
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile

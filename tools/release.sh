@@ -16,8 +16,8 @@ uv pip install --quiet --python "$tools/venv/bin/python" 'maturin>=1.9,<2' zigla
 echo "== wheel and source distribution"
 rm -rf dist
 # zig links against an old glibc: the wheel runs wherever manylinux_2_17 does, which is wherever torch does
-PATH="$tools/venv/bin:$PATH" maturin build --quiet --release --zig --compatibility manylinux_2_17 --out dist
-PATH="$tools/venv/bin:$PATH" maturin sdist --quiet --out dist
+PATH="$tools/venv/bin:$PATH" maturin build --release --zig --compatibility manylinux_2_17 --out dist
+PATH="$tools/venv/bin:$PATH" maturin sdist --out dist
 "$tools/venv/bin/twine" check --strict dist/*
 "$tools/venv/bin/auditwheel" show dist/*.whl | grep -o '"manylinux[^"]*"' | head -1
 

@@ -1,6 +1,6 @@
 """Sampling of responses from the policy."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,24 +10,22 @@ from prefkern import check
 from prefkern.check import require
 from prefkern.integrations.ppo import models
 from prefkern.integrations.ppo.episodes import Ids
-
-if TYPE_CHECKING:
-    from prefkern.integrations.ppo.trainer import PPOTrainer
+from prefkern.integrations.ppo.state import State
 
 
 @torch.no_grad()
-def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[Tensor]:
+def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
     """One response for each query: token ids up to and with the stop token, on the CPU. Options are those of
     ``transformers.GenerationConfig``."""
     transformers = require("transformers", "PPOTrainer.generate", "pip install 'prefkern[ppo]'")
-    args = trainer.args
+    args = state.args
     settings: dict[str, Any] = {
         "max_new_tokens": args.response_length,
         "do_sample": True,
         "temperature": args.temperature,
         "top_k": 0,
-        "pad_token_id": trainer.pad_token_id,
-        "eos_token_id": trainer.stop_token_id,
+        "pad_token_id": state.pad_token_id,
+        "eos_token_id": state.stop_token_id,
         **options,
     }
     if not settings["do_sample"]:
@@ -35,28 +33,28 @@ def generate(trainer: "PPOTrainer", queries: list[Ids], **options: Any) -> list[
             if name not in options:
                 del settings[name]
     longest = max(len(query) for query in queries) + settings["max_new_tokens"]
-    if trainer.limits.positions is not None and longest > trainer.limits.positions:
+    if state.limits.positions is not None and longest > state.limits.positions:
         check.fail(
             "PPOTrainer.generate",
             f"the longest query and {settings['max_new_tokens']} new tokens must fit the model's "
-            f"{trainer.limits.positions} positions, got {longest}: shorten the queries or response_length",
+            f"{state.limits.positions} positions, got {longest}: shorten the queries or response_length",
         )
-    model = trainer.model if trainer.sharded else trainer.accelerator.unwrap_model(trainer.model)
+    model = state.model if state.sharded else state.accelerator.unwrap_model(state.model)
     trained = model.training
     model.eval()
     responses: list[Tensor] = [torch.empty(0)] * len(queries)
     by_length = np.argsort([len(query) for query in queries], kind="stable")
     size = args.local_rollout_forward_batch_size
     try:
-        with models.plain_generation(trainer.accelerator.unwrap_model(trainer.model).policy, transformers):
+        with models.plain_generation(state.accelerator.unwrap_model(state.model).policy, transformers):
             for start in range(0, len(queries), size):
                 rows = by_length[start : start + size]
-                input_ids, attention_mask = _left_padded([queries[i] for i in rows], trainer.pad_token_id)
+                input_ids, attention_mask = _left_padded([queries[i] for i in rows], state.pad_token_id)
                 output = model.generate(
-                    input_ids=input_ids.to(trainer.device),
-                    attention_mask=attention_mask.to(trainer.device),
+                    input_ids=input_ids.to(state.device),
+                    attention_mask=attention_mask.to(state.device),
                     generation_config=transformers.GenerationConfig(**settings),
-                    **({"synced_gpus": True} if trainer.sharded else {}),
+                    **({"synced_gpus": True} if state.sharded else {}),
                 )
                 for i, row in zip(rows, output[:, input_ids.shape[1] :].cpu(), strict=True):
                     responses[i] = _until_stop(row, settings["eos_token_id"])

@@ -1,6 +1,5 @@
 """PPO for a language model. `PPOTrainer.step` is the algorithm, from a rollout to the update."""
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,14 @@ from prefkern import check
 from prefkern.check import require
 from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, stats
 from prefkern.integrations.ppo.config import PPOConfig
-from prefkern.integrations.ppo.controller import KLController
 from prefkern.integrations.ppo.optimise import optimise
 from prefkern.integrations.ppo.rollout import Rollout, deal
-from prefkern.integrations.ppo.state import make_accelerator
+from prefkern.integrations.ppo.state import State
 
 WHERE = "PPOTrainer"
 
 
-class PPOTrainer:
+class PPOTrainer(State):
     """Proximal policy optimisation, https://arxiv.org/abs/1707.06347, of a causal language model with a value head.
 
     ``step`` takes queries, responses and rewards; ``train`` generates and scores by itself. Log-probabilities and
@@ -63,43 +61,7 @@ class PPOTrainer:
         models.check_policy("model", model)
         if value_model is not None:
             models.check_value_model(value_model)
-        self.args, self.tokenizer = args, tokenizer
-        self.reference = models.make_reference(model, ref_model, args)
-        self.adapter_is_off_in_reference = self.reference is None and models.is_peft(model) and args.reference == "auto"
-        self.limits = episodes.Limits(
-            model.get_output_embeddings().weight.shape[0],
-            getattr(models.text_config(model), "max_position_embeddings", None),
-        )
-        self.stop_token_id = args.stop_token_id
-        if self.stop_token_id is None and tokenizer is not None:
-            self.stop_token_id = tokenizer.eos_token_id
-        self.pad_token_id = episodes.padding(tokenizer)
-
-        self.accelerator = accelerator or make_accelerator(accelerate, args)
-        self.device = self.accelerator.device
-        accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
-        if args.gradient_checkpointing:
-            models.checkpoint_activations(model)
-        both = models.without_dropout(models.ActorCritic(model, value_model))
-        optimizer = optimizer or torch.optim.AdamW(
-            [parameter for parameter in both.parameters() if parameter.requires_grad],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            fused=True,  # one pass over the parameters, without temporaries
-        )
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
-        self.sharded = models.prepare_sharded(self.model)
-        if self.reference is not None:
-            self.reference.to(self.device)
-        self.controller = KLController(args)
-        self.phases = stats.Phases(self.device)
-        self.sum = stats.Reduce(self.accelerator)
-        self.global_step = self.episode = 0
-        self.total_steps = None if args.total_episodes is None else math.ceil(args.total_episodes / args.batch_size)
-        self.history: list[dict[str, float]] = []
+        super().__init__(accelerate, args, model, ref_model, tokenizer, value_model, optimizer, accelerator)
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 
@@ -125,7 +87,7 @@ class PPOTrainer:
         self._score(rollout)
         with self.phases("data"):
             advantages.fill(rollout, self.args, self.controller.coef)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.args.schedule(self.global_step, self.total_steps)
         found = stats.of_rollout(
             rollout,
@@ -242,13 +204,13 @@ class PPOTrainer:
         Returns:
             The statistics of each step.
         """
-        return loop.train(self, dataset, reward_fn, resume_from)
+        return loop.train(self, self.generate, self.step, dataset, reward_fn, resume_from)
 
     def evaluate(self, dataset: Any, reward_fn: Callable[..., Any], **options: Any) -> dict[str, float]:
         """Mean score and length of responses to all prompts of a dataset; greedy with ``do_sample=False``, else sampled
         with a seed of its own. Changes nothing: neither the model nor the random state. Each process does all of it.
         """
-        return loop.evaluate(self, dataset, reward_fn, options)
+        return loop.evaluate(self, self.generate, dataset, reward_fn, options)
 
     def save_checkpoint(self, folder: str | os.PathLike[str] | None = None) -> Path:
         """Everything that `train` needs to go on, into ``folder`` (``output_dir/checkpoint-STEP``), whole or not at

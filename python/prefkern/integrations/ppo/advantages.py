@@ -1,5 +1,5 @@
-"""From scores to advantages: the KL penalty and its coefficient, the score, whitening, generalised advantage estimation;
-on the CPU, in Rust, over the episodes of all processes."""
+"""From scores to advantages: the KL penalty with its coefficient, the score, whitening, generalised advantage
+estimation; on the CPU, in Rust, over the episodes of all processes."""
 
 import torch
 

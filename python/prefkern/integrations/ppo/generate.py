@@ -8,9 +8,13 @@ from torch import Tensor
 
 from prefkern import check
 from prefkern.check import require
-from prefkern.integrations.ppo import models
-from prefkern.integrations.ppo.episodes import Ids
+from prefkern.integrations.ppo import models, names
 from prefkern.integrations.ppo.state import State
+from prefkern.integrations.ppo.tokens import Ids, ids_in
+
+WHERE = "PPOTrainer.generate"
+_SHAPES = {"return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"}
+_OTHER = dict.fromkeys(_SHAPES, "responses alone are returned; call trainer.model.policy.generate")
 
 
 @torch.no_grad()
@@ -19,15 +23,18 @@ def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
     ``transformers.GenerationConfig``."""
     transformers = require("transformers", "PPOTrainer.generate", "pip install 'prefkern[ppo]'")
     args = state.args
+    _check_options(options, transformers)
     settings: dict[str, Any] = {
         "max_new_tokens": args.response_length,
         "do_sample": True,
         "temperature": args.temperature,
         "top_k": 0,
         "pad_token_id": state.pad_token_id,
-        "eos_token_id": state.stop_token_id,
+        "eos_token_id": state.stop_token_ids,
         **options,
     }
+    stops = ids_in(WHERE, "eos_token_id", settings["eos_token_id"], state.limits.vocabulary)
+    settings["eos_token_id"] = list(stops) or None
     if not settings["do_sample"]:
         for name in ("temperature", "top_k"):
             if name not in options:
@@ -35,7 +42,7 @@ def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
     longest = max(len(query) for query in queries) + settings["max_new_tokens"]
     if state.limits.positions is not None and longest > state.limits.positions:
         check.fail(
-            "PPOTrainer.generate",
+            WHERE,
             f"the longest query and {settings['max_new_tokens']} new tokens must fit the model's "
             f"{state.limits.positions} positions, got {longest}: shorten the queries or response_length",
         )
@@ -57,10 +64,16 @@ def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
                     **({"synced_gpus": True} if state.sharded else {}),
                 )
                 for i, row in zip(rows, output[:, input_ids.shape[1] :].cpu(), strict=True):
-                    responses[i] = _until_stop(row, settings["eos_token_id"])
+                    responses[i] = _until_stop(row, stops)
     finally:
         model.train(trained)
     return responses
+
+
+def _check_options(options: dict[str, Any], transformers: Any) -> None:
+    """transformers takes names that it does not know and leaves them alone."""
+    known = vars(transformers.GenerationConfig())
+    names.refuse_unknown(WHERE, options, known.keys() - names.GENERATE.keys() - _SHAPES, names.GENERATE | _OTHER)
 
 
 def _left_padded(rows: list[Ids], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -73,6 +86,6 @@ def _left_padded(rows: list[Ids], pad_token_id: int) -> tuple[Tensor, Tensor]:
     return input_ids, attention_mask
 
 
-def _until_stop(row: Tensor, stop: int | None) -> Tensor:
-    ends = [] if stop is None else (row == stop).nonzero().flatten().tolist()
+def _until_stop(row: Tensor, stops: tuple[int, ...]) -> Tensor:
+    ends = torch.isin(row, torch.tensor(stops, dtype=row.dtype)).nonzero().flatten().tolist()
     return row[: ends[0] + 1].clone() if ends else row.clone()

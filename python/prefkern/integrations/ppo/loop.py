@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prefkern.check import require
-from prefkern.integrations.ppo import checkpoint, prompts
+from prefkern.integrations.ppo import checkpoint, episodes, prompts
 from prefkern.integrations.ppo.state import State
 
 Generate = Callable[..., list[Tensor]]
@@ -83,9 +84,11 @@ def _rewards(
     state: State, reward_fn: Callable[..., Any], columns: list[dict[str, Any]], responses: list[Tensor]
 ) -> list[Any]:
     scores = prompts.rewards(reward_fn, state.tokenizer, columns, responses)
-    penalty, stop = state.args.missing_eos_penalty, state.stop_token_id
+    penalty, stops = state.args.missing_eos_penalty, torch.tensor(state.stop_token_ids, dtype=torch.int64)
     if penalty is not None:
         for index, response in enumerate(responses):
-            if stop is None or not (response == stop).any():
-                scores[index] = scores[index] - penalty
+            if not torch.isin(response, stops).any():
+                score = np.array(episodes.numbers(f"rewards[{index}]", scores[index]))
+                score.reshape(-1)[-1] -= penalty  # once, where there is a reward for each token
+                scores[index] = score
     return scores

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from prefkern.integrations.ppo import episodes, models, stats
+from prefkern.integrations.ppo import episodes, models, stats, tokens
 from prefkern.integrations.ppo.advantages import KLController
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.rollout import Rollout
@@ -20,7 +20,7 @@ class State:
         model: policy and value function in one module (`models.ActorCritic`), as accelerate wraps it; optimizer: its
             optimiser.
         reference: the frozen reference, or None; adapter_is_off_in_reference: the policy without its adapter is it.
-        limits: what the policy can take; stop_token_id, pad_token_id: the end of a response, what fills rows.
+        limits: what the policy can take; stop_token_ids, pad_token_id: what ends a response, what fills rows.
         accelerator, device, sharded: the processes, this one's device, whether FSDP2 shards the model.
         controller: the coefficient of the KL penalty.
         phases, sum: seconds of each phase; sums over processes.
@@ -44,16 +44,18 @@ class State:
         self.args, self.tokenizer = args, tokenizer
         self.reference = models.make_reference(model, ref_model, args)
         self.adapter_is_off_in_reference = self.reference is None and models.is_peft(model) and args.reference == "auto"
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.stop_token_ids = tokens.stop_tokens(args, tokenizer, model, vocabulary)
+        self.pad_token_id = tokens.padding(tokenizer)
         self.limits = episodes.Limits(
-            model.get_output_embeddings().weight.shape[0],
+            vocabulary,
             getattr(models.text_config(model), "max_position_embeddings", None),
+            self.stop_token_ids,
+            self.pad_token_id,
         )
-        self.stop_token_id = args.stop_token_id
-        if self.stop_token_id is None and tokenizer is not None:
-            self.stop_token_id = tokenizer.eos_token_id
-        self.pad_token_id = episodes.padding(tokenizer)
 
         self.accelerator = accelerator or make_accelerator(accelerate, args)
+        args.check_processes(self.accelerator.num_processes)
         self.device = self.accelerator.device
         accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
         if args.gradient_checkpointing:

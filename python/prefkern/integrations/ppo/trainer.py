@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prefkern import check
 from prefkern.check import require
-from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, stats
+from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, names, stats, tokens
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.optimise import optimise
 from prefkern.integrations.ppo.rollout import Rollout, deal
@@ -43,6 +43,7 @@ class PPOTrainer(State):
         TypeError, ValueError: for what cannot be used, with its name; MissingDependency: without accelerate.
     """
 
+    @names.answered(WHERE, names.TRAINER)
     def __init__(
         self,
         model: Any,
@@ -56,8 +57,12 @@ class PPOTrainer(State):
     ) -> None:
         accelerate = require("accelerate", "PPOTrainer", "pip install 'prefkern[ppo]'")
         args = PPOConfig() if args is None else args
+        if any(type(each).__name__ == "PPOConfig" for each in (model, ref_model, tokenizer)):
+            check.fail_type(
+                WHERE, "the order is PPOTrainer(model, ref_model, tokenizer, args), got the options elsewhere"
+            )
         if not isinstance(args, PPOConfig):
-            check.fail_type(WHERE, f"args must be a PPOConfig, got {check.describe(args)}")
+            check.fail_type(WHERE, f"args must be a PPOConfig, got {type(args).__name__}")
         models.check_policy("model", model)
         if value_model is not None:
             models.check_value_model(value_model)
@@ -65,13 +70,15 @@ class PPOTrainer(State):
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 
+    @names.answered("PPOTrainer.step", names.STEP)
     def step(
         self, queries: Any, responses: Any, rewards: Any, response_masks: Any = None, *, ref_logps: Any = None
     ) -> dict[str, float]:
         """One PPO step on episodes that were sampled from the policy as it is.
 
         Args:
-            queries, responses: token ids, one tensor (or list) for each episode, of any lengths; strings are encoded.
+            queries, responses: token ids, one tensor (or list) for each episode, of any lengths; strings are encoded. A
+                response is what the policy wrote, without its query and without padding behind its end.
             rewards: for each response one number, or one for each of its tokens.
             response_masks: for each response 1 at tokens that the policy wrote and 0 at others (a tool's output, a
                 user's turn), which are not scored and which advantages pass over.
@@ -93,7 +100,7 @@ class PPOTrainer(State):
             rollout,
             kl_coef=self.controller.coef,
             kl_in_reward=self.args.kl_in == "reward",
-            stop_token_id=self.stop_token_id,
+            stop_token_ids=self.stop_token_ids,
         )
         found |= optimise(self, rollout)
         self.controller.update(found.get("objective/kl"), len(rollout))
@@ -171,13 +178,20 @@ class PPOTrainer(State):
 
     # ---------------------------------------------------------------------------------------- around the algorithm
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Answers names of other trainers: called for what is not there."""
+            names.refuse_attribute(WHERE, name)
+
     def generate(self, queries: Any, *, return_prompt: bool = False, **options: Any) -> list[Tensor]:
         """A sampled response for each query: token ids up to and with the stop token, on the CPU.
 
         ``options`` are those of ``transformers.GenerationConfig``; by default plain sampling at ``args.temperature`` of
-        at most ``args.response_length`` tokens, without top-k, top-p or penalties, which `step` assumes.
+        at most ``args.response_length`` tokens, without top-k, top-p or penalties, which `step` assumes. A response
+        ends at any of ``eos_token_id``, an id or several. Strings are encoded with one beginning and no end token.
         """
-        rows = episodes.tokens("PPOTrainer.generate", "queries", queries, self.tokenizer)
+        rows = tokens.rows_of("PPOTrainer.generate", "queries", queries, self.tokenizer)
         for index, row in enumerate(rows):
             if not len(row):
                 check.fail("PPOTrainer.generate", f"queries[{index}] must have at least one token, got none")
@@ -185,7 +199,7 @@ class PPOTrainer(State):
             responses = generate.generate(self, rows, **options) if rows else []
         self.phases.tokens["generate"] += sum(len(response) for response in responses)
         if return_prompt:
-            return [torch.cat(pair) for pair in zip(episodes.as_tensors(rows), responses, strict=True)]
+            return [torch.cat(pair) for pair in zip(tokens.as_tensors(rows), responses, strict=True)]
         return responses
 
     def train(
@@ -197,7 +211,7 @@ class PPOTrainer(State):
             dataset: prompts: strings, token ids, lists of messages, or rows with one of these as ``prompt``, ``query``
                 or ``input_ids`` (a ``datasets.Dataset``).
             reward_fn: ``reward_fn(prompts, responses)`` gives a number for each response (or one per token); further
-                arguments that it names are columns of the dataset, or ``response_ids``.
+                arguments that it names are columns of the dataset, or ``response_ids``, the tokens of the responses.
             resume_from: a checkpoint's folder, or True for the newest in ``args.output_dir`` (if there is one): the
                 run goes on as if it had not been interrupted, bit for bit.
 

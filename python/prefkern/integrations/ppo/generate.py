@@ -9,6 +9,7 @@ from torch import Tensor
 from prefkern import check
 from prefkern.check import require
 from prefkern.integrations.ppo import models, names
+from prefkern.integrations.ppo.rollout import Rows
 from prefkern.integrations.ppo.state import State
 from prefkern.integrations.ppo.tokens import Ids, ids_in
 
@@ -50,12 +51,11 @@ def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
     trained = model.training
     model.eval()
     responses: list[Tensor] = [torch.empty(0)] * len(queries)
-    by_length = np.argsort([len(query) for query in queries], kind="stable")
-    size = args.local_rollout_forward_batch_size
+    policy = state.accelerator.unwrap_model(state.model).policy
+    batches = _batches(queries, args.local_rollout_forward_batch_size, models.ignores_left_padding(policy))
     try:
-        with models.plain_generation(state.accelerator.unwrap_model(state.model).policy, transformers):
-            for start in range(0, len(queries), size):
-                rows = by_length[start : start + size]
+        with models.plain_generation(policy, transformers):
+            for rows in batches:
                 input_ids, attention_mask = _left_padded([queries[i] for i in rows], state.pad_token_id)
                 output = model.generate(
                     input_ids=input_ids.to(state.device),
@@ -74,6 +74,14 @@ def _check_options(options: dict[str, Any], transformers: Any) -> None:
     """transformers takes names that it does not know and leaves them alone."""
     known = vars(transformers.GenerationConfig())
     names.refuse_unknown(WHERE, options, known.keys() - names.GENERATE.keys() - _SHAPES, names.GENERATE | _OTHER)
+
+
+def _batches(queries: list[Ids], size: int, pads: bool) -> list[Rows]:
+    """Rows of similar length; of one length for a model that padding on the left would lead to other samples."""
+    lengths = np.array([len(query) for query in queries])
+    order = np.argsort(lengths, kind="stable")
+    alike = [order] if pads else np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1)
+    return [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
 
 
 def _left_padded(rows: list[Ids], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from prefkern.integrations.ppo import episodes, models, stats, tokens
+from prefkern.integrations.ppo import episodes, models, stats, suitable, tokens
 from prefkern.integrations.ppo.advantages import KLController
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.rollout import Rollout
+from prefkern.integrations.transformers import without_noise
 
 
 class State:
@@ -42,9 +43,10 @@ class State:
         accelerator: Any,
     ) -> None:
         self.args, self.tokenizer = args, tokenizer
+        head = suitable.check_models(model, ref_model, value_model)
+        vocabulary = len(head["weight"])
         self.reference = models.make_reference(model, ref_model, args)
         self.adapter_is_off_in_reference = self.reference is None and models.is_peft(model) and args.reference == "auto"
-        vocabulary = model.get_output_embeddings().weight.shape[0]
         self.stop_token_ids = tokens.stop_tokens(args, tokenizer, model, vocabulary)
         self.pad_token_id = tokens.padding(tokenizer)
         self.limits = episodes.Limits(
@@ -60,7 +62,8 @@ class State:
         accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
         if args.gradient_checkpointing:
             models.checkpoint_activations(model)
-        both = models.without_dropout(models.ActorCritic(model, value_model))
+        both = models.ActorCritic(model, value_model)
+        without_noise(both)  # old and new log-probabilities must differ by the update only
         optimizer = optimizer or make_optimizer(both, args)
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(both, optimizer)

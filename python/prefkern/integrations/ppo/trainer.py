@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefkern import check
 from prefkern.check import require
-from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, names, stats, tokens
+from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, names, stats, tokens
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.optimise import optimise
 from prefkern.integrations.ppo.rollout import Rollout, deal
@@ -63,9 +63,6 @@ class PPOTrainer(State):
             )
         if not isinstance(args, PPOConfig):
             check.fail_type(WHERE, f"args must be a PPOConfig, got {type(args).__name__}")
-        models.check_policy("model", model)
-        if value_model is not None:
-            models.check_value_model(value_model)
         super().__init__(accelerate, args, model, ref_model, tokenizer, value_model, optimizer, accelerator)
 
     # ------------------------------------------------------------------------------------------------ the algorithm

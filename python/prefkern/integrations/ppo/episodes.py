@@ -33,6 +33,8 @@ class Limits(NamedTuple):
     positions: int | None
     stop_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    masked: Ids = np.array([], dtype=np.int64)
+    """Ids whose logits the model masks: it never says them."""
 
 
 def check_step(
@@ -98,6 +100,9 @@ def _episode(i: int, query: Ids, response: Ids, reward: Any, mask: Any, ref_logp
         if row.min() < 0 or row.max() >= limits.vocabulary:
             wrong = row[(row < 0) | (row >= limits.vocabulary)][0]
             check.fail(WHERE, f"{name} must hold ids in [0, {limits.vocabulary}), the model's vocabulary, got {wrong}")
+    never = response[np.isin(response, limits.masked)]
+    if len(never):
+        check.fail(WHERE, f"responses[{i}] must hold ids that the model can say, got {never[0]}, whose logit it masks")
     total = len(query) + len(response)
     if limits.positions is not None and total > limits.positions:
         check.fail(

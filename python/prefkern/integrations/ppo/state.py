@@ -4,6 +4,7 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefkern.integrations.ppo import episodes, models, stats, suitable, tokens
@@ -54,6 +55,7 @@ class State:
             getattr(models.text_config(model), "max_position_embeddings", None),
             self.stop_token_ids,
             self.pad_token_id,
+            (~head["vocab_mask"]).nonzero().flatten().cpu().numpy() if "vocab_mask" in head else np.array([], np.int64),
         )
 
         self.accelerator = accelerator or make_accelerator(accelerate, args)

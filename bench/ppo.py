@@ -6,6 +6,7 @@ python bench/ppo.py batches     # writes bench/results/ppo-batches.md
 """
 
 import argparse
+import dataclasses
 import datetime
 import math
 import statistics
@@ -199,7 +200,7 @@ def step(rounds: int, count: int, layers: int | None) -> str:
     print("peak memory", file=sys.stderr)
     scoring = _peak(plain.score), _peak(ours.score)
     whole = _peak(plain), _peak(ours)
-    trainer.args.max_head_memory = 0
+    trainer.args = dataclasses.replace(args, max_head_memory=0)
     without = whole[0], _peak(ours)
     rows += [
         _ratio("peak memory, scoring with both models", *scoring, si_bytes),

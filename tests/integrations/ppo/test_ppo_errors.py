@@ -75,6 +75,23 @@ REFUSED = {
         lambda: _given(response_masks=[[1] * 5, [0] * 2, [1] * 7, [1] * 7, [1]]),
         r"response_masks\[1\] must mark at least one token that the policy wrote, got none",
     ),
+    "responses that contain their queries": (
+        lambda: _given(responses=[torch.cat(pair) for pair in zip(*tiny_ppo.episodes()[:2], strict=True)]),
+        "responses must not contain their queries, but each of the 5 begins with its own, as "
+        r"generate\(return_prompt=True\) gives it: pass response\[len\(query\):\]",
+    ),
+    "padding behind the end": (
+        _row("responses", 2, [3, 1, 0, 0]),
+        r"responses\[2\] must end with its end token 1, got 2 tokens of padding behind it: pass the first 2 tokens",
+    ),
+    "ends behind the end": (
+        _row("responses", 2, [3, 1, 1, 1]),
+        r"responses\[2\] must end with its end token 1, got 2 tokens of padding behind it",
+    ),
+    "too large a number": (
+        _row("rewards", 3, 10**400),
+        r"rewards\[3\] must be finite in float64, got a larger integer",
+    ),
     "ref_logps length": (
         lambda: _given(ref_logps=[[-1.0]] * 5),
         r"ref_logps\[0\] must be one number for each of 5 tokens, got shape \(1,\)",
@@ -97,6 +114,16 @@ def test_a_refused_step_changes_nothing(trainer: PPOTrainer, case: str) -> None:
         trainer.step(**given)
     assert str(refused.value).startswith("prefkern.PPOTrainer.step: ")
     tiny_ppo.assert_same(tiny_ppo.state(trainer), before)
+
+
+def test_responses_that_repeat_their_queries_on_purpose() -> None:
+    queries, responses, rewards = tiny_ppo.episodes()
+    whole = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
+    trainer = tiny_ppo.trainer(num_ppo_epochs=1)
+    trainer.step(queries, whole, rewards, [torch.ones(len(response)) for response in whole])
+    trainer.step(queries, [*whole[:-1], responses[-1]], rewards)  # one of them does not
+    trainer.step([[3], [4, 5]], [[3, 2], [4, 5, 6]], [0.0, 1.0])  # by chance, as far as three tokens tell
+    trainer.step([[3, 4]], [[5, 1, 6, 1]], [0.0])  # an end within a response is its own
 
 
 def test_a_reference_that_was_to_be_given() -> None:

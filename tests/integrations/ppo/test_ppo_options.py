@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
-from prefkern.integrations.ppo.controller import KLController
+from prefkern.integrations.ppo.advantages import KLController
 from prefkern.integrations.ppo.models import Scores
 from prefkern.integrations.ppo.optimise import losses
 

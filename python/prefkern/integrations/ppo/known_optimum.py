@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from prefkern.check import require
-from prefkern.integrations.ppo.config import PPOConfig
-from prefkern.integrations.ppo.trainer import PPOTrainer
+from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
 VOCABULARY, TOKEN, LENGTH, KL_COEF = 24, 5, 8, 0.02
 

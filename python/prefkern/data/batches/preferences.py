@@ -34,8 +34,9 @@ def collate_pairs(
     longest sequence rounded up to ``pad_to_multiple_of``; the reference log-probabilities ``[B]`` in torch's default
     dtype where they were given. With ``padding_free``: ``input_ids``, ``position_ids``, ``completion_mask`` ``[1, N]``,
     the int32 boundaries ``cu_seq_lens_q``, ``cu_seq_lens_k`` and ``seq_idx [1, N]``, and the ints ``max_length_q``,
-    ``max_length_k``, as TRL's padding-free SFT collator names them; ``pad_to_multiple_of`` then rounds N up with
-    sequences of one padding token behind the first 2 B, as that collator does.
+    ``max_length_k``, as TRL's padding-free SFT collator names them. ``pad_to_multiple_of`` then rounds N up with padding
+    tokens that continue the last sequence and are not scored: the boundaries are those of the 2 B sequences, as losses
+    take them, where that collator would make each of these tokens a sequence.
 
     An empty prompt or completion is kept as it is. A completion that ``max_length`` empties is a ValueError that names
     its rows, as are null rows, missing columns, unequal row counts and negative ids.

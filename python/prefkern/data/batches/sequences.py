@@ -95,19 +95,14 @@ class Sequences:
         input_ids, completion_mask, position_ids = fresh(3, (total,))
         self._fill(input_ids[:scored], completion_mask[:scored], None, position_ids[:scored], cu_seqlens=bounds)
         input_ids[scored:] = self.options.pad_token_id
-        completion_mask[scored:] = position_ids[scored:] = 0
-        bounds = np.concatenate((bounds, np.arange(scored, total) + 1))
-        counts = np.diff(bounds)
-        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+        completion_mask[scored:] = 0
+        position_ids[scored:] = filling_positions(self.lengths, total - scored)
+        bounds[-1] = total
         return {
             "input_ids": torch.from_numpy(input_ids)[None],
             "position_ids": torch.from_numpy(position_ids)[None],
             "completion_mask": torch.from_numpy(completion_mask)[None],
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": int(counts.max()),
-            "max_length_k": int(counts.max()),
-            "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
+            **boundaries(bounds),
         }
 
     def _fill(
@@ -148,6 +143,26 @@ def fresh(count: int, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -
     spare = 0 if bytes_needed < HUGE // 4 else max(0, HUGE - bytes_needed)
     block: Array = np.empty(count * one + spare // np.dtype(dtype).itemsize, dtype=dtype)
     return [block[index * one : (index + 1) * one].reshape(shape) for index in range(count)]
+
+
+def filling_positions(lengths: Array, count: int) -> Array:
+    """Positions of the tokens that fill a padding-free batch behind its last sequence, which they continue, so that they
+    are no sequences of their own; none is beyond those of the batch, since learned positions have a last one."""
+    positions: Array = np.minimum(lengths[-1] + np.arange(count), lengths.max() - 1)
+    return positions
+
+
+def boundaries(bounds: Array) -> dict[str, Any]:
+    """What a padding-free batch says of its sequences, ``[bounds[s], bounds[s + 1])``, under TRL's keys."""
+    counts = np.diff(bounds)
+    cu_seqlens, longest = torch.from_numpy(bounds.astype(np.int32)), int(counts.max())
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
+    }
 
 
 def round_up(length: int, multiple: int) -> int:

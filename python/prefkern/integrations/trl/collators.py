@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 
 from prefkern.check import fail, one_of
-from prefkern.data import collate_language, collate_pairs, collate_unpaired
+from prefkern.data import collate_pairs, collate_unpaired
+from prefkern.data.batches import language
 
 __all__ = [
     "DataCollatorForLanguageModeling",
@@ -97,7 +98,8 @@ class DataCollatorForUnpairedPreference(_Collator):
 
 @dataclass
 class DataCollatorForLanguageModeling(_Collator):
-    """Of the SFT trainer, padded or padding-free: `prefkern.data.collate_language` of ``input_ids``, ``labels``."""
+    """Of the SFT trainer, padded or padding-free: `prefkern.data.collate_language` of ``input_ids``, ``labels``; each
+    token that rounds a padding-free batch up is a sequence, as in TRL."""
 
     stands_for: ClassVar[str] = "trl.trainer.sft_trainer.DataCollatorForLanguageModeling"
 
@@ -108,13 +110,20 @@ class DataCollatorForLanguageModeling(_Collator):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: Any) -> dict[str, Any]:
-        return collate_language(
+        return language.collate(
             examples,
-            pad_token_id=self.pad_token_id,
+            self.pad_token_id,
+            self.pad_to_multiple_of,
             padding_free=self.padding_free,
             return_position_ids=self.return_position_ids,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            filling="apart",
         )
+
+    @staticmethod
+    def get_position_ids_from_packed_seq_lengths(batch_seq_lengths: list[list[int]]) -> list[torch.Tensor]:
+        """The positions of the tokens of each row, whose packed sequences have these lengths."""
+        rows = [[torch.arange(length) for length in lengths] for lengths in batch_seq_lengths]
+        return [torch.cat([torch.arange(0), *positions]) for positions in rows]
 
 
 @dataclass

@@ -40,8 +40,14 @@ def collate_language(
 
     A ValueError names the row where labels or packed lengths do not fit the ids, and says so where there is no token.
     """
-    options = {"padding_free": padding_free, "return_position_ids": return_position_ids, "filling": "continues"}
-    return collate(rows, pad_token_id, pad_to_multiple_of, **options)
+    return collate(
+        rows,
+        pad_token_id,
+        pad_to_multiple_of,
+        padding_free=padding_free,
+        return_position_ids=return_position_ids,
+        filling="continues",
+    )
 
 
 def collate(

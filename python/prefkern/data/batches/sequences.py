@@ -1,7 +1,7 @@
 """Sequences of a prompt and a completion as one padded or padding-free batch: what every collator is made of."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +9,10 @@ import torch
 
 from prefkern import check
 from prefkern.data.arrays.ragged import Ragged
-from prefkern.data.arrays.views import Array, core, threads, whole
+from prefkern.data.arrays.views import Array, core, is_arrow, threads, whole
+from prefkern.data.batches.truncation import METADATA, marked, refuse_other_end
 
 HUGE = 1 << 22
-TruncationMode = Literal["keep_start", "keep_end"]
 
 
 class Options(NamedTuple):
@@ -27,6 +27,7 @@ class Options(NamedTuple):
 
 def options(
     where: str,
+    rows: Any,
     *,
     pad_token_id: Any,
     max_length: Any = None,
@@ -35,6 +36,9 @@ def options(
     padding_free: bool = False,
 ) -> Options:
     check.one_of(where, "truncation_mode", truncation_mode, ("keep_start", "keep_end"))
+    if max_length is not None and is_arrow(rows):
+        cut = (getattr(rows.schema, "metadata", None) or {}).get(METADATA, b"")
+        refuse_other_end(where, marked(cut.decode()), truncation_mode)
     return Options(
         whole(where, "pad_token_id", pad_token_id, low=0),
         None if max_length is None else whole(where, "max_length", max_length, low=1),
@@ -146,8 +150,8 @@ def fresh(count: int, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -
 
 
 def filling_positions(lengths: Array, count: int) -> Array:
-    """Positions of the tokens that fill a padding-free batch behind its last sequence, which they continue, so that they
-    are no sequences of their own; none is beyond those of the batch, since learned positions have a last one."""
+    """Positions of the tokens that fill a padding-free batch behind its last sequence, which they continue, so that
+    they are no sequences of their own; none is beyond those of the batch, since learned positions have a last one."""
     positions: Array = np.minimum(lengths[-1] + np.arange(count), lengths.max() - 1)
     return positions
 

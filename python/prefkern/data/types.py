@@ -42,13 +42,17 @@ class Prepared(NamedTuple):
     conversational: int
     """Rows of messages; the others are text."""
     merged: int
-    """Rows whose prompt ends in tokens that come out otherwise when the completion follows; these tokens belong to the
-    completion."""
+    """Rows whose prompt ends in tokens that merge with the completion's; these tokens belong to the completion."""
     cut: int
     """Rows with more than max_length tokens, which are cut."""
     refused: tuple[RefusedRow, ...]
     unused: tuple[str, ...]
     """Columns of the source that were left out."""
+    reworded: int
+    """Rows whose chat template ends the prompt otherwise when nothing follows it (a block of thoughts that it opens);
+    what differs belongs to the completion."""
+    implicit: int
+    """Rows whose prompt is the beginning that chosen and rejected share."""
 
     def __str__(self) -> str:
         kinds = {0: "text", self.rows - len(self.refused): "conversations"}
@@ -57,9 +61,15 @@ class Prepared(NamedTuple):
             f"{len(self.refused)} refused",
             f"{self.cut} cut to max_length",
             f"{self.merged} merged at the boundary",
+            f"{self.reworded} whose prompt the chat template ends otherwise before a completion",
         ]
+        if 0 < self.implicit < self.rows - len(self.refused):
+            notes.append(f"{self.implicit} without a prompt, which is what chosen and rejected share")
         if self.unused:
-            notes.append(f"columns left out: {', '.join(self.unused)}")
+            more = f" and {len(self.unused) - 20} more" if len(self.unused) > 20 else ""
+            notes.append(f"columns left out: {', '.join(self.unused[:20])}{more}")
+        if self.format in ("text", "messages"):
+            notes.append("every token is scored")
         notes = [note for note in notes if not note.startswith("0 ")]
         read = ", ".join(name if name == column else f"{name} (from {column})" for name, column in self.columns.items())
         made = ", ".join(self.dataset.column_names)

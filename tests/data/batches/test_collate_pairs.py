@@ -94,13 +94,22 @@ def test_padding_free_is_trl_s_sft_batch(rows, options, layout):
     inside = padded["attention_mask"].bool()
     sequences = [ids[keep].tolist() for ids, keep in zip(padded["input_ids"], inside, strict=True)]
     scored = padded["completion_mask"][inside]
-    collator = DataCollatorForLanguageModeling(pad, True, pad_to_multiple_of=options["pad_to_multiple_of"])
+    collator = DataCollatorForLanguageModeling(pad, True)
     expected = collator([{"input_ids": ids} for ids in sequences])
     del expected["labels"]
     got = {name: value for name, value in got.items() if not name.startswith("ref_")}
     completion_mask = got.pop("completion_mask")
-    same(got, expected)
     assert completion_mask.shape == got["input_ids"].shape
+    filling = got["input_ids"].shape[1] - len(scored)
+    assert filling == -len(scored) % (options["pad_to_multiple_of"] or 1)
+    last = len(sequences[-1]) + filling  # the filling continues the last sequence, where TRL makes sequences of it
+    assert got["max_length_q"] == got["max_length_k"] == max(expected["max_length_q"], last)
+    assert got["position_ids"].max() == expected["position_ids"].max()
+    for name, fill in (("input_ids", pad), ("position_ids", None), ("seq_idx", len(sequences) - 1)):
+        same({name: got[name][:, : len(scored)]}, {name: expected[name]})
+        assert fill is None or (got[name][:, len(scored) :] == fill).all()
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert got[name].tolist() == [*expected[name].tolist()[:-1], len(scored) + filling]
     np.testing.assert_array_equal(completion_mask[0, : len(scored)], scored)
     assert not completion_mask[0, len(scored) :].any()
 

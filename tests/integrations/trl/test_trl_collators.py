@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 
 from prefkern.integrations.trl import collators as ours
+from prefkern.integrations.trl.trainers import surface
 
 PAIRS = [
     (ours.DataCollatorForPreference, dpo_trainer.DataCollatorForPreference),
@@ -52,6 +53,19 @@ def check(make: int, rows: list[dict], **options: object) -> None:
 def test_signatures_are_trl_s(mine: type, theirs: type) -> None:
     assert inspect.signature(mine) == inspect.signature(theirs)
     assert [field.name for field in dataclasses.fields(mine)] == [field.name for field in dataclasses.fields(theirs)]
+
+
+@pytest.mark.parametrize(("mine", "theirs"), PAIRS, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_public_names_are_trl_s(mine: type, theirs: type) -> None:
+    assert surface(theirs).items() <= surface(mine).items()
+
+
+@pytest.mark.parametrize("lengths", [[[5]], [[3, 2]], [[2, 2], [3]], [[1], [1, 4, 1], [2]]], ids=str)
+def test_positions_of_packed_sequences(lengths: list[list[int]]) -> None:
+    """A public function of TRL's class, which its own tests and subclasses call."""
+    mine, theirs = (cls.get_position_ids_from_packed_seq_lengths(lengths) for cls in PAIRS[1])
+    assert [row.dtype for row in mine] == [row.dtype for row in theirs]
+    assert [row.tolist() for row in mine] == [row.tolist() for row in theirs]
 
 
 @settings(max_examples=60, deadline=None)

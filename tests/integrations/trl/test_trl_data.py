@@ -92,6 +92,19 @@ def test_another_signature_is_refused(place: tuple, monkeypatch: pytest.MonkeyPa
             assert trl_utils._ChunkedLogProbFunction is not HEAD
 
 
+@pytest.mark.parametrize("place", NAMES, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+def test_a_public_name_that_ours_lack_is_refused(place: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's tests and subclasses may call it."""
+    with monkeypatch.context() as changed:
+        changed.setattr(THEIRS[place], "crop", staticmethod(lambda rows: rows), raising=False)
+        with pytest.raises(ImportError, match="nothing was replaced"):
+            patch(collators=True)
+        changed.undo()
+        changed.setattr(THEIRS[place], "torch_call", lambda self, examples, device: None)
+        with pytest.raises(ImportError, match="nothing was replaced"):
+            patch(collators=True)
+
+
 def test_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as changed:
         changed.setattr("importlib.metadata.version", lambda name: "1.17.0")
@@ -209,6 +222,23 @@ def test_prompts_that_fill_max_length_are_refused(tmp_path: Path) -> None:
         kept = [row for row in range(12) if row not in rows]
         trainer_on(dataset.select(kept), tmp_path, max_length=5)
         trainer_on(dataset, tmp_path, max_length=None)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "sft"])
+def test_datasets_in_torch_s_format_train_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own collators add and measure lists, and stumble over tensors."""
+    start, made = tiny.model(), prepare(tiny.dataset(kind), tiny.tokenizer(), progress=False).dataset
+    results = []
+    for dataset in (made, made.with_format("torch")):
+        monkeypatch.setattr(tiny, "dataset", lambda kind, dataset=dataset: dataset)
+        with patch(collators=True):
+            results.append([line["loss"] for line in tiny.run(kind, tmp_path, start, per_device_train_batch_size=5)])
+    assert results[0] == results[1]
+    rows = [made.with_format("torch")[row] for row in range(3)]
+    collator = {"dpo": (dpo_trainer, 0), "kto": (kto_trainer, 1), "sft": (sft_trainer, 3)}[kind]
+    ours = list(NAMES.values())[collator[1]](0)
+    expected, got = ours([made[row] for row in range(3)]), ours(rows)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_a_reward_model_does_not_train_without_prompts(tmp_path: Path) -> None:

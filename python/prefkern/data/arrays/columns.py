@@ -1,6 +1,7 @@
 """Rows of any kind as columns: a list of dicts, a dict of columns, an Arrow table or record batch."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,16 @@ from prefkern.data.arrays.ragged import Ragged, ragged
 from prefkern.data.arrays.views import describe, is_array, is_arrow, packed
 
 
+def names_of(rows: Any) -> Sequence[str]:
+    """The names of the columns of rows of any kind, also of those that do not begin in the first row."""
+    if isinstance(rows, list | tuple):
+        return list(dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row))
+    return list(rows) if isinstance(rows, Mapping) else getattr(rows, "column_names", ())
+
+
 def either(rows: Any, *names: str) -> str:
     """The first of the names that the rows have, or the first."""
-    first = rows[0] if isinstance(rows, list | tuple) and rows else rows
-    given = first if isinstance(first, Mapping) else getattr(first, "column_names", ())
+    given = names_of(rows)
     return next((name for name in names if name in given), names[0])
 
 
@@ -66,22 +73,24 @@ def ids(where: str, name: str, column: Any) -> Ragged:
 def scalars(where: str, name: str, column: Any, rows: int, *, finite: bool = False) -> torch.Tensor:
     """One number for each row, in torch's default dtype."""
     values = per_row(where, name, column, rows, "number")
-    numbers = []
+    found = []
     for row, value in enumerate(values):
         try:
-            numbers.append(float(value))
+            found.append(float(value))
         except (TypeError, ValueError):
             check.fail_type(where, f"{name}[{row}] must be a number, got {describe(value)}")
-        if finite and not math.isfinite(numbers[-1]):
+        except OverflowError:
+            check.fail(where, f"{name}[{row}] must be a number that a float can hold, got {describe(value)}")
+        if finite and not math.isfinite(found[-1]):
             check.fail(where, f"{name}[{row}] must be a finite number, got {value}")
-    return torch.tensor(numbers, dtype=torch.get_default_dtype())
+    return torch.tensor(found, dtype=torch.get_default_dtype())
 
 
 def labels(where: str, name: str, column: Any, rows: int) -> torch.Tensor:
-    """One bool for each row, from bools or from 0 and 1."""
+    """One bool for each row, from bools or from 0 and 1, also 0.0 and 1.0."""
     values = per_row(where, name, column, rows, "label")
     for row, value in enumerate(values):
-        if not isinstance(value, bool | np.bool_ | int | np.integer | torch.Tensor) or value not in (0, 1):
+        if not isinstance(value, numbers.Real | np.bool_ | torch.Tensor) or value not in (0, 1):
             check.fail_type(where, f"{name}[{row}] must be True or False (or 1 or 0), got {describe(value)}")
     return torch.tensor([bool(value) for value in values])
 

@@ -40,14 +40,22 @@ def is_arrow(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == "pyarrow"
 
 
+LONGEST = 200
+
+
 def describe(value: object) -> str:
+    """What was got, for a message, which it does not fill."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
     if isinstance(value, list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
     if is_arrow(value):
         return f"a {type(value).__name__} of {getattr(value, 'type', 'columns')}"
-    return check.describe(value)
+    try:
+        text = check.describe(value)
+    except ValueError:  # an int of more than 4300 digits
+        text = f"{type(value).__name__} of too many digits"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def is_array(value: object) -> bool:

@@ -1,7 +1,7 @@
 """Batches of token sequences for supervised fine-tuning."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from prefkern import check
 from prefkern.data.arrays.columns import columns, ids
 from prefkern.data.arrays.ragged import Ragged, same_rows
 from prefkern.data.arrays.views import Array, whole
+from prefkern.data.batches.sequences import boundaries, filling_positions, round_up
 
 WHERE = "data.collate_language"
 IGNORED = -100
@@ -32,12 +33,33 @@ def collate_language(
 
     Returns int64 ``input_ids``, ``labels`` and ``attention_mask`` ``[B, L]``, padded on the right, L the longest row
     rounded up to ``pad_to_multiple_of``; with ``return_position_ids`` also ``position_ids``. With ``padding_free``
-    instead of the mask: ``input_ids``, ``labels``, ``position_ids`` ``[1, N]``, N rounded up with sequences of one
-    padding token, the int32 boundaries ``cu_seq_lens_q``, ``cu_seq_lens_k`` and ``seq_idx [1, N]``, and the ints
-    ``max_length_q``, ``max_length_k``; the first token of every sequence, which nothing predicts, is not scored.
+    instead of the mask: ``input_ids``, ``labels``, ``position_ids`` ``[1, N]``, the int32 boundaries ``cu_seq_lens_q``,
+    ``cu_seq_lens_k`` and ``seq_idx [1, N]``, and the ints ``max_length_q``, ``max_length_k``; the first token of every
+    sequence, which nothing predicts, is not scored. N is rounded up with padding tokens that continue the last sequence
+    and are not scored; TRL's collator makes each of them a sequence, which losses over sequences would count.
 
     A ValueError names the row where labels or packed lengths do not fit the ids, and says so where there is no token.
     """
+    return collate(
+        rows,
+        pad_token_id,
+        pad_to_multiple_of,
+        padding_free=padding_free,
+        return_position_ids=return_position_ids,
+        filling="continues",
+    )
+
+
+def collate(
+    rows: Any,
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+    *,
+    padding_free: bool,
+    return_position_ids: bool,
+    filling: Literal["continues", "apart"],
+) -> dict[str, Any]:
+    """`collate_language`; with ``filling="apart"`` each token that rounds N up is a sequence, as in TRL."""
     pad_token_id = whole(WHERE, "pad_token_id", pad_token_id, low=0)
     multiple = 1 if pad_to_multiple_of is None else whole(WHERE, "pad_to_multiple_of", pad_to_multiple_of, low=1)
     given = _columns(rows)
@@ -57,9 +79,9 @@ def collate_language(
     if padding_free or return_position_ids:
         positions = _positions(_sequences(given, tokens))
     if padding_free:
-        return _flat(tokens.values, labels, positions, pad_token_id, multiple)
+        return _flat(tokens.values, labels, positions, pad_token_id, multiple, filling)
     lengths = np.diff(tokens.offsets)
-    inside = np.arange(-(-int(lengths.max()) // multiple) * multiple) < lengths[:, None]
+    inside = np.arange(round_up(int(lengths.max()), multiple)) < lengths[:, None]
     batch = {"input_ids": _padded(tokens.values, inside, pad_token_id), "labels": _padded(labels, inside, IGNORED)}
     if positions is not None:
         batch["position_ids"] = _padded(positions, inside, 0)
@@ -67,24 +89,21 @@ def collate_language(
     return batch
 
 
-def _flat(ids: Array, labels: Array, positions: Any, pad_token_id: int, multiple: int) -> dict[str, Any]:
-    padding = -len(ids) % multiple
-    positions = np.concatenate((positions, np.zeros(padding, dtype=np.int64)))
+def _flat(ids: Array, labels: Array, positions: Any, pad_token_id: int, multiple: int, filling: str) -> dict[str, Any]:
+    total, count = round_up(len(ids), multiple), len(ids)
     starts = np.flatnonzero(positions == 0)
-    labels = np.concatenate((labels, np.full(padding, IGNORED, dtype=np.int64)))
+    added = np.zeros(total - count, dtype=np.int64)
+    if filling == "apart":
+        starts = np.concatenate((starts, np.arange(count, total)))
+    else:
+        added = filling_positions(np.diff(starts, append=count), total - count)
+    labels = np.concatenate((labels, np.full(total - count, IGNORED, dtype=np.int64)))
     labels[starts] = IGNORED
-    counts = np.diff(starts, append=len(positions))
-    longest = int(counts.max())
-    bounds = torch.from_numpy(np.append(starts, len(positions)).astype(np.int32))
     return {
-        "input_ids": torch.from_numpy(np.concatenate((ids, np.full(padding, pad_token_id, dtype=np.int64))))[None],
+        "input_ids": torch.from_numpy(np.concatenate((ids, np.full_like(added, pad_token_id))))[None],
         "labels": torch.from_numpy(labels)[None],
-        "position_ids": torch.from_numpy(positions)[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
+        "position_ids": torch.from_numpy(np.concatenate((positions, added)))[None],
+        **boundaries(np.append(starts, total)),
     }
 
 

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from prefkern import check
 from prefkern.data.arrays.columns import columns, either, ids, labels, scalars
-from prefkern.data.batches.sequences import Sequences, TruncationMode, options
+from prefkern.data.batches.sequences import Sequences, options
+from prefkern.data.batches.truncation import TruncationMode
 
 REF_PAIR = ("ref_chosen_logps", "ref_rejected_logps")
 REF_UNPAIRED = ("ref_logps", "ref_KL_logps")
@@ -28,14 +29,16 @@ def collate_pairs(
     int64 ids of an Arrow table in one chunk are read where they lie.
 
     Sequence = prompt + completion, cut to ``max_length`` tokens at its end (``"keep_start"``) or its beginning
-    (``"keep_end"``). ``layout``: all B chosen sequences and then all B rejected ones, or chosen and rejected by turns.
+    (``"keep_end"``); batches of `ArrowRows` that `prepare` has cut at the other end are refused. ``layout``: all B
+    chosen sequences and then all B rejected ones, or chosen and rejected by turns.
 
     Returns int64 ``input_ids``, ``attention_mask`` and ``completion_mask`` ``[2 B, L]``, padded on the right, L the
     longest sequence rounded up to ``pad_to_multiple_of``; the reference log-probabilities ``[B]`` in torch's default
     dtype where they were given. With ``padding_free``: ``input_ids``, ``position_ids``, ``completion_mask`` ``[1, N]``,
     the int32 boundaries ``cu_seq_lens_q``, ``cu_seq_lens_k`` and ``seq_idx [1, N]``, and the ints ``max_length_q``,
-    ``max_length_k``, as TRL's padding-free SFT collator names them; ``pad_to_multiple_of`` then rounds N up with
-    sequences of one padding token behind the first 2 B, as that collator does.
+    ``max_length_k``, as TRL's padding-free SFT collator names them. ``pad_to_multiple_of`` then rounds N up with
+    padding tokens that continue the last sequence and are not scored: the boundaries are those of the 2 B sequences, as
+    losses take them, where that collator would make each of these tokens a sequence.
 
     An empty prompt or completion is kept as it is. A completion that ``max_length`` empties is a ValueError that names
     its rows, as are null rows, missing columns, unequal row counts and negative ids.
@@ -44,6 +47,7 @@ def collate_pairs(
     check.one_of(where, "layout", layout, ("concatenated", "interleaved"))
     checked = options(
         where,
+        rows,
         pad_token_id=pad_token_id,
         max_length=max_length,
         truncation_mode=truncation_mode,
@@ -86,6 +90,7 @@ def collate_unpaired(
     where = "data.collate_unpaired"
     checked = options(
         where,
+        rows,
         pad_token_id=pad_token_id,
         max_length=max_length,
         truncation_mode=truncation_mode,
@@ -133,6 +138,7 @@ def collate_scored(
     where = "data.collate_scored"
     checked = options(
         where,
+        rows,
         pad_token_id=pad_token_id,
         max_length=max_length,
         truncation_mode=truncation_mode,

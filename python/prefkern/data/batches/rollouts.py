@@ -62,7 +62,7 @@ def collate_rollouts(
     """
     check.one_of(WHERE, "layout", layout, ("concatenated", "left_padded"))
     check.one_of(WHERE, "align", align, ("targets", "tokens"))
-    checked = options(WHERE, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+    checked = options(WHERE, rows, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
     query, response = either(rows, "query_ids", "prompt_ids"), either(rows, "response_ids", "completion_ids")
     given = columns(WHERE, rows, (query, response), ("response_mask", *PER_TOKEN, "score"))
     tokens = {name: ids(WHERE, name, given[name]) for name in (query, response)}

@@ -1,7 +1,7 @@
 """Sequences of a prompt and a completion as one padded or padding-free batch: what every collator is made of."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +9,10 @@ import torch
 
 from prefkern import check
 from prefkern.data.arrays.ragged import Ragged
-from prefkern.data.arrays.views import Array, core, threads, whole
+from prefkern.data.arrays.views import Array, core, is_arrow, threads, whole
+from prefkern.data.batches.truncation import METADATA, marked, refuse_other_end
 
 HUGE = 1 << 22
-TruncationMode = Literal["keep_start", "keep_end"]
 
 
 class Options(NamedTuple):
@@ -27,6 +27,7 @@ class Options(NamedTuple):
 
 def options(
     where: str,
+    rows: Any,
     *,
     pad_token_id: Any,
     max_length: Any = None,
@@ -35,6 +36,9 @@ def options(
     padding_free: bool = False,
 ) -> Options:
     check.one_of(where, "truncation_mode", truncation_mode, ("keep_start", "keep_end"))
+    if max_length is not None and is_arrow(rows):
+        cut = (getattr(rows.schema, "metadata", None) or {}).get(METADATA, b"")
+        refuse_other_end(where, marked(cut.decode()), truncation_mode)
     return Options(
         whole(where, "pad_token_id", pad_token_id, low=0),
         None if max_length is None else whole(where, "max_length", max_length, low=1),
@@ -95,19 +99,14 @@ class Sequences:
         input_ids, completion_mask, position_ids = fresh(3, (total,))
         self._fill(input_ids[:scored], completion_mask[:scored], None, position_ids[:scored], cu_seqlens=bounds)
         input_ids[scored:] = self.options.pad_token_id
-        completion_mask[scored:] = position_ids[scored:] = 0
-        bounds = np.concatenate((bounds, np.arange(scored, total) + 1))
-        counts = np.diff(bounds)
-        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+        completion_mask[scored:] = 0
+        position_ids[scored:] = filling_positions(self.lengths, total - scored)
+        bounds[-1] = total
         return {
             "input_ids": torch.from_numpy(input_ids)[None],
             "position_ids": torch.from_numpy(position_ids)[None],
             "completion_mask": torch.from_numpy(completion_mask)[None],
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": int(counts.max()),
-            "max_length_k": int(counts.max()),
-            "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
+            **boundaries(bounds),
         }
 
     def _fill(
@@ -148,6 +147,26 @@ def fresh(count: int, shape: tuple[int, ...], dtype: npt.DTypeLike = np.int64) -
     spare = 0 if bytes_needed < HUGE // 4 else max(0, HUGE - bytes_needed)
     block: Array = np.empty(count * one + spare // np.dtype(dtype).itemsize, dtype=dtype)
     return [block[index * one : (index + 1) * one].reshape(shape) for index in range(count)]
+
+
+def filling_positions(lengths: Array, count: int) -> Array:
+    """Positions of the tokens that fill a padding-free batch behind its last sequence, which they continue, so that
+    they are no sequences of their own; none is beyond those of the batch, since learned positions have a last one."""
+    positions: Array = np.minimum(lengths[-1] + np.arange(count), lengths.max() - 1)
+    return positions
+
+
+def boundaries(bounds: Array) -> dict[str, Any]:
+    """What a padding-free batch says of its sequences, ``[bounds[s], bounds[s + 1])``, under TRL's keys."""
+    counts = np.diff(bounds)
+    cu_seqlens, longest = torch.from_numpy(bounds.astype(np.int32)), int(counts.max())
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy(np.repeat(np.arange(len(counts), dtype=np.int32), counts))[None],
+    }
 
 
 def round_up(length: int, multiple: int) -> int:

@@ -1,20 +1,19 @@
 """Where rows come from, as a ``datasets.Dataset``: itself, a file, or Python objects written to disk as JSON."""
 
-import itertools
+import codecs
 import json
 import os
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefkern import check
-from prefkern.data.text.tokenize import JSON, UNREADABLE, parse
+from prefkern.data.text.formats import MEDIA
+from prefkern.data.text.rows import JSON, NOT_UTF8, keys_of, parse, stored
 
 LINES = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
-SAMPLE = 1000
-"""Rows of JSON whose keys are taken for the columns."""
+_LOOKED_AT = 100
 
 
 class Source(NamedTuple):
@@ -24,40 +23,69 @@ class Source(NamedTuple):
     columns: list[str]
     lines: bool
 
+    def structs(self) -> frozenset[str]:
+        """Columns in which a null may be one that Arrow filled in, as it does not where a feature is of JSON."""
+        return frozenset(name for name, kind in self._features().items() if "Json(" not in repr(kind))
 
-def source(where: str, given: Any, cache_dir: Path | None) -> Source:
+    def media(self) -> dict[str, str]:
+        """Columns of images, videos or sounds, and which of them."""
+        kinds = ((name, kind) for name in MEDIA for kind in ("Image", "Video", "Audio"))
+        features = self._features()
+        return {name: kind for name, kind in kinds if name in features and f"{kind}(" in repr(features[name])}
+
+    def _features(self) -> Mapping[str, Any]:
+        return {} if JSON in self.dataset.column_names else self.dataset.features
+
+
+def source(where: str, given: Any, cache_dir: Path | None, num_proc: int | None) -> Source:
+    """The rows of anything that `prepare` takes."""
+    found = _source(where, given, cache_dir, num_proc)
+    if JSON in found.dataset.column_names and not found.columns:
+        reasons = ((number, parse(line)) for number, line in enumerate(found.dataset[:_LOOKED_AT][JSON]))
+        number, reason = next(((number, reason) for number, reason in reasons if reason), (0, None))
+        if isinstance(reason, str):
+            row = f"line {number + 1}" if found.lines else f"row {number}"
+            check.fail(where, f"no row can be read: {row}: {reason}")
+    return found
+
+
+def _source(where: str, given: Any, cache_dir: Path | None, num_proc: int | None) -> Source:
     datasets = check.require("datasets", f"prefkern.{where}", "pip install datasets")
     if isinstance(given, str | os.PathLike):
-        return _file(where, datasets, Path(given).expanduser(), cache_dir)
-    if isinstance(given, datasets.Dataset):
-        if given.format["type"] == "custom":
-            check.fail(
-                where,
-                "dataset has a transform (with_transform), which may differ at every reading; "
-                "apply it with dataset.map(...) first",
-            )
+        return _file(where, datasets, Path(given).expanduser(), cache_dir, num_proc)
+    if isinstance(given, datasets.Dataset) and given.format["type"] != "custom":
         return Source(given.with_format(None), list(given.column_names), lines=False)
     if isinstance(given, Mapping):  # datasets.DatasetDict is one
         check.fail_type(
             where, f"dataset must be one set of rows, got {type(given).__name__} with {', '.join(map(str, given))}"
         )
-    if not isinstance(given, list | tuple | datasets.IterableDataset):
+    # a transform (with_transform) may give another row at every reading: the rows are read through it once
+    if not isinstance(given, list | tuple | datasets.Dataset | datasets.IterableDataset):
         check.fail_type(
             where,
-            "dataset must be a datasets.Dataset or IterableDataset, a path to JSON lines or Parquet, or a list of "
+            "dataset must be a datasets.Dataset or IterableDataset, a path to JSON or Parquet, or a list of "
             f"dicts, got {type(given).__name__}",
         )
-    return _objects(datasets, given, cache_dir)
+    return Source(*stored(datasets, given, cache_dir), lines=False)
 
 
-def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None) -> Source:
+def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None, num_proc: int | None) -> Source:
     if not path.is_file():
-        check.fail(where, f"there is no file {path}")
+        check.fail(
+            where,
+            f"there is no file {path}; a dataset of the Hub is loaded first: datasets.load_dataset({str(path)!r}, "
+            "split='train')",
+        )
     suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
     kind = suffixes[-1] if suffixes else ""
     if kind != ".parquet" and kind not in LINES:
         check.fail(where, f"the name of the file must end with .parquet, {' or '.join(LINES)}, got {path.name}")
-    builder, options = ("parquet", {}) if kind == ".parquet" else ("text", {"features": _json_column(datasets)})
+    options: dict[str, Any] = {}
+    if kind != ".parquet":
+        codecs.register_error(_DECODING, _undecoded)
+        columns = datasets.Features({JSON: datasets.Value("large_string")})
+        options = {"features": columns, "encoding": "utf-8-sig", "encoding_errors": _DECODING}
+    builder = "parquet" if kind == ".parquet" else "text"
     try:
         dataset = datasets.load_dataset(
             builder, data_files=str(path), split="train", cache_dir=str(cache_dir) if cache_dir else None, **options
@@ -67,46 +95,36 @@ def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None) -> Sour
         raise ValueError(f"prefkern.{where}: {path} cannot be read: {type(cause).__name__}: {cause}") from error
     if kind == ".parquet":
         return Source(dataset, list(dataset.column_names), lines=False)
-    if len(dataset) and dataset[0][JSON].lstrip().startswith("["):
-        check.fail(where, f"{path} begins with a JSON array; JSON lines have one object on each line")
-    return Source(dataset, _keys(dataset), lines=True)
+    if _is_array(dataset):
+        return Source(*stored(datasets, _array(where, path, dataset), cache_dir), lines=False)
+    return Source(dataset, keys_of(datasets, dataset, num_proc), lines=True)
 
 
-def _objects(datasets: Any, rows: Iterable[Any], cache_dir: Path | None) -> Source:
-    """Rows as JSON in an Arrow file, so that each is judged by itself whatever the types of the others, and so that
-    what is read once need not fit into memory. The file lives as long as the process, or in ``cache_dir``."""
-    import pyarrow as pa
-
-    folder = cache_dir or Path(datasets.fingerprint.get_temporary_cache_files_directory())
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rows-{uuid.uuid4().hex}.arrow"
-    schema = pa.schema({JSON: pa.large_string()})
-    remaining = iter(rows)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        while batch := [_encoded(row) for row in itertools.islice(remaining, SAMPLE)]:
-            stream.write_batch(pa.record_batch([pa.array(batch, pa.large_string())], schema=schema))
-    dataset = datasets.Dataset.from_file(str(path))
-    return Source(dataset, _keys(dataset), lines=False)
+_DECODING = "prefkern.names_the_byte"
 
 
-def _encoded(row: Any) -> str:
+def _undecoded(error: UnicodeError) -> tuple[str, int]:
+    """A byte that is not UTF-8 as a letter that no JSON has, and its two digits: the line is refused by its number."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(f"{NOT_UTF8}{byte:02x}" for byte in error.object[error.start : error.end]), error.end
+
+
+def _is_array(dataset: Any) -> bool:
+    """Whether the first letter of a file begins a JSON array."""
+    begins = (line.lstrip()[:1] for batch in dataset.iter(100) for line in batch[JSON])
+    return next((letter for letter in begins if letter), "") == "["
+
+
+def _array(where: str, path: Path, dataset: Any) -> list[Any]:
+    """The rows of a file that is one JSON array, as most demonstrations of chat data are. It is read whole."""
+    text = "\n".join(dataset[:][JSON])
+    at = text.find(NOT_UTF8)
+    if at >= 0:
+        byte, line = text[at + 1 : at + 3], text.count("\n", 0, at) + 1
+        check.fail(where, f"line {line} of {path} holds the byte 0x{byte}, which is not UTF-8")
     try:
-        return json.dumps(row, default=_plain)
-    except (TypeError, ValueError) as error:
-        return json.dumps({UNREADABLE: f"the row cannot be read: {error}"})
-
-
-def _plain(value: Any) -> Any:
-    """Numpy's and torch's numbers and arrays as Python's."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"it holds a {type(value).__name__}")
-
-
-def _keys(dataset: Any) -> list[str]:
-    rows = (parse(line) for line in dataset[:SAMPLE][JSON]) if len(dataset) else ()
-    return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
-
-
-def _json_column(datasets: Any) -> Any:
-    return datasets.Features({JSON: datasets.Value("large_string")})
+        rows: list[Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        check.fail(where, f"{path} begins as a JSON array and is none: {error}")
+    return rows

@@ -11,14 +11,15 @@ Where TRL's would go on with a batch that cannot be right, these refuse it with 
 leaves no token of, negative ids, missing or null columns.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from prefkern.check import fail, one_of
-from prefkern.data import collate_language, collate_pairs, collate_unpaired
+from prefkern.data import collate_pairs, collate_unpaired
+from prefkern.data.arrays.columns import columns, names_of, scalars
+from prefkern.data.batches import language
 
 __all__ = [
     "DataCollatorForLanguageModeling",
@@ -97,7 +98,8 @@ class DataCollatorForUnpairedPreference(_Collator):
 
 @dataclass
 class DataCollatorForLanguageModeling(_Collator):
-    """Of the SFT trainer, padded or padding-free: `prefkern.data.collate_language` of ``input_ids``, ``labels``."""
+    """Of the SFT trainer, padded or padding-free: `prefkern.data.collate_language` of ``input_ids``, ``labels``; each
+    token that rounds a padding-free batch up is a sequence, as in TRL."""
 
     stands_for: ClassVar[str] = "trl.trainer.sft_trainer.DataCollatorForLanguageModeling"
 
@@ -108,13 +110,20 @@ class DataCollatorForLanguageModeling(_Collator):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: Any) -> dict[str, Any]:
-        return collate_language(
+        return language.collate(
             examples,
-            pad_token_id=self.pad_token_id,
+            self.pad_token_id,
+            self.pad_to_multiple_of,
             padding_free=self.padding_free,
             return_position_ids=self.return_position_ids,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            filling="apart",
         )
+
+    @staticmethod
+    def get_position_ids_from_packed_seq_lengths(batch_seq_lengths: list[list[int]]) -> list[torch.Tensor]:
+        """The positions of the tokens of each row, whose packed sequences have these lengths."""
+        rows = [[torch.arange(length) for length in lengths] for lengths in batch_seq_lengths]
+        return [torch.cat([torch.arange(0), *positions]) for positions in rows]
 
 
 @dataclass
@@ -129,30 +138,23 @@ class RewardDataCollatorForPreference(_Collator):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: Any) -> dict[str, Any]:
-        columns = _reward_columns(examples)
-        margins = columns.pop("margin", None)
-        columns["prompt_ids"] = [[]] * len(columns["chosen_ids"])
-        batch = collate_pairs(columns, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
+        given = _reward_columns(examples)
+        count = len(given["chosen_ids"])
+        margins = given.pop("margin", None)
+        given["prompt_ids"] = [[]] * count
+        batch = collate_pairs(given, pad_token_id=self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
         del batch["completion_mask"]
         if margins is not None:
-            batch["margin"] = torch.tensor(margins, dtype=torch.float)
+            batch["margin"] = scalars(_WHERE, "margin", margins, count).float()
         return batch
 
 
 def _reward_columns(rows: Any) -> dict[str, Any]:
-    names = rows[0].keys() if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) else ()
-    names = getattr(rows, "column_names", names)
-    missing = [name for name in ("chosen_ids", "rejected_ids") if name not in names]
-    if missing:
-        fail(_WHERE, f"rows must have chosen_ids and rejected_ids; {missing[0]} is missing from {list(names)}")
+    names = names_of(rows)
     if "prompt_ids" in names:
         fail(
             _WHERE,
             "a reward model reads prompt and completion together, but these rows keep their prompts apart in "
             "prompt_ids; prepare them with prefkern.data.prepare(..., join_prompt=True)",
         )
-    if isinstance(rows, list):
-        columns = {name: [row[name] for row in rows] for name in ("chosen_ids", "rejected_ids")}
-        return columns | ({"margin": [row["margin"] for row in rows]} if "margin" in names else {})
-    columns = {name: rows.column(name) for name in ("chosen_ids", "rejected_ids")}
-    return columns | ({"margin": rows.column("margin").to_pylist()} if "margin" in names else {})
+    return dict(columns(_WHERE, rows, ("chosen_ids", "rejected_ids"), ("margin",)))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from prefkern.check import fail
 from prefkern.data import ArrowRows
+from prefkern.data.batches.truncation import refuse_other_end, truncation_of
 from prefkern.integrations.trl import collators
 from prefkern.integrations.trl.replaced import Replaced
 
@@ -59,13 +60,24 @@ def fits() -> bool:
     for known in _TRAINERS:
         module, trainer = known.load()
         collator = getattr(module, known.collator, None)
-        if collator is None or inspect.signature(collator) != inspect.signature(known.ours):
+        if collator is None or surface(collator).items() - surface(known.ours).items():
             return False
         if list(inspect.signature(trainer._prepare_dataset).parameters)[: len(_PREPARE)] != _PREPARE:
             return False
         if not hasattr(trainer, "_remove_unused_columns"):
             return False
     return True
+
+
+def surface(collator: Any) -> dict[str, str]:
+    """The public names of a class with how each is called, and how it is made."""
+    found = {"": str(inspect.signature(collator))}
+    for name in ("__call__", *(name for name in dir(collator) if not name.startswith("_"))):
+        member = inspect.getattr_static(collator, name)
+        callable_ = callable(member) or isinstance(member, staticmethod | classmethod)
+        parameters = inspect.signature(getattr(collator, name)).parameters if callable_ else ""
+        found[name] = f"{type(member).__name__} {', '.join(parameters)}"
+    return found
 
 
 def replace(replaced: Replaced) -> None:
@@ -101,6 +113,8 @@ def _take_pairs(trainer: Any, dataset: Any, args: Any) -> Any:
     """A dataset that is tokenised already; TRL's trainer would look for the texts in it."""
     if not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
         return None
+    if args.max_length is not None:
+        refuse_other_end(_WHERE, truncation_of(dataset), args.truncation_mode)
     if args.truncation_mode == "keep_start":
         _check_prompts(dataset, args.max_length)
     return dataset
@@ -111,6 +125,8 @@ def _take_unpaired(trainer: Any, dataset: Any, args: Any) -> Any:
     within the batches that TRL makes them in."""
     if not {"prompt_ids", "completion_ids", "label"} <= set(dataset.column_names or ()):
         return None
+    if args.max_length is not None:
+        refuse_other_end(_WHERE, truncation_of(dataset), "keep_start")
     _check_prompts(dataset, args.max_length)
     if not trainer.calculate_KL or "KL_completion_ids" in dataset.column_names:
         return dataset

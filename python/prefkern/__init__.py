@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         shift_labels,
         topk_kl,
         value_loss,
+        wpo_weights,
     )
     from prefkern.losses.cross_entropy import linear_cross_entropy
     from prefkern.types import LossOutput, PairLogps, TokenDivergence, TokenStats
@@ -81,6 +82,7 @@ __all__ = [
     "token_logprobs",
     "topk_kl",
     "value_loss",
+    "wpo_weights",
 ]
 
 

@@ -58,6 +58,7 @@ _NAMES = {
         "shift_labels",
         "topk_kl",
         "value_loss",
+        "wpo_weights",
     ),
     "types": ("LossOutput", "PairLogps", "TokenDivergence", "TokenStats"),
 }

@@ -15,13 +15,15 @@ from prefkern.losses.preference import PAIR_LOSSES, Pairs
 
 R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
 OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
+REF = OTHER.flip(0).exp()  # its pairs differ from each other, and the first chosen row has the least log-ratio
 LABELS = torch.tensor([True, False, True, True, False, False])
 
 
 def pairs(logps: Tensor) -> Pairs:
-    chosen, rejected = (logps - OTHER).sum(1).chunk(2)
+    chosen, rejected = (logps - REF).sum(1).chunk(2)
     lengths = torch.full((R // 2,), T)
-    return Pairs(chosen, rejected, lengths, lengths)
+    policy, ref = ((x[: R // 2] - x[R // 2 :]).sum(1) for x in (logps, REF))
+    return Pairs(chosen, rejected, lengths, lengths, None, policy, ref, -logps[: R // 2].mean())
 
 
 def call(name: str, *arguments: object) -> Tensor:

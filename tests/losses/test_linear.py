@@ -217,7 +217,7 @@ def test_nothing_scored_is_zero_with_zero_gradients() -> None:
         ),
         ({"ref_hidden": torch.zeros(R, T, H)}, ValueError, "the reference must be either"),
         ({"weights": torch.zeros(4)}, ValueError, r"weights must have shape \(2,\)"),
-        ({"loss_type": "bco_pair"}, ValueError, "loss_type must be one of"),
+        ({"loss_type": "bogus"}, ValueError, "loss_type must be one of"),
         ({"cu_seqlens": torch.tensor([0, 1, 2])}, ValueError, r"targets must be packed \[N\], as cu_seqlens is given"),
         ({"targets": torch.zeros(R, T, 2, dtype=torch.long)}, ValueError, r"targets must be padded \[B, T\] or packed"),
         (

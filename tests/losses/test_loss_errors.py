@@ -38,7 +38,7 @@ CALLS = [
     (lambda: DPO(X, beta=0.0), ValueError, r"dpo_loss: beta must be a finite number in \(0\.0, inf\), got 0\.0"),
     (lambda: DPO(X, beta="0.1"), TypeError, "dpo_loss: beta must be a number, got str"),
     (lambda: DPO(X, loss_type="bogus"), ValueError, f"dpo_loss: loss_type must be one of {PAIR_NAMES}, got 'bogus'"),
-    (lambda: DPO(X, loss_type=["sigmoid"]), ValueError, "dpo_loss: loss_type must be one of"),
+    (lambda: DPO(X, loss_type=[["sigmoid"]]), ValueError, "dpo_loss: loss_type must be one of"),
     (
         lambda: DPO(X, label_smoothing=0.5),
         ValueError,
@@ -89,7 +89,7 @@ CALLS = [
     (
         lambda: losses.cpo_loss(X, X, X, loss_type="ipo", label_smoothing=0.1),
         ValueError,
-        "cpo_loss: label_smoothing is for loss_type='sigmoid' or 'simpo'; 'ipo' has none, got 0.1",
+        "cpo_loss: label_smoothing is for loss_type='sigmoid' or 'simpo' or 'cpo_simpo'; 'ipo' has none, got 0.1",
     ),
     (
         lambda: PPO(Y),

@@ -20,13 +20,15 @@ def rows(*values: float) -> Tensor:
 
 
 CHOSEN, REJECTED = rows(2.0, -1.0, 0.3, 40.0), rows(-1.0, 3.0, 0.2, -25.0)
+REF_DIFFERENCE = rows(0.5, -1.0, 2.0, 0.1)
 N_CHOSEN, N_REJECTED = torch.tensor([4, 2, 1, 7]), torch.tensor([2, 3, 5, 6])
 MASK = torch.tensor([[True, True, False], [False, False, False], [True, True, True], [True, False, True]])
 
 
 def pair(name: str, smoothing: float = 0.0):
     def values(chosen: Tensor, rejected: Tensor) -> Tensor:
-        pairs = Pairs(chosen, rejected, N_CHOSEN, N_REJECTED)
+        nll = -chosen.sum() / N_CHOSEN.sum()
+        pairs = Pairs(chosen, rejected, N_CHOSEN, N_REJECTED, None, chosen - rejected, REF_DIFFERENCE, nll)
         return PAIR_LOSSES[name].function(pairs, DPO(0.5, name, smoothing))
 
     return values, (CHOSEN, REJECTED)

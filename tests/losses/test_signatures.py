@@ -159,8 +159,12 @@ CRITIC = {"values": TOKENS, "old_values": TOKENS.flip(0), "returns": TOKENS.flip
 CHANGES: dict[str, dict[str, Change]] = {
     "linear_dpo_loss": {
         "beta": Change(0.3),
-        "loss_type": Change("hinge"),
+        "loss_type": Change(["hinge", "sft"]),
         "label_smoothing": Change(0.1),
+        "loss_weights": Change([0.5]),
+        "f_divergence_type": Change("js_divergence"),
+        "f_alpha_divergence_coef": Change(0.7, {"f_divergence_type": "alpha_divergence"}),
+        "discopop_tau": Change(0.5, {"loss_type": "discopop"}),
         "reduction": Change("sum"),
     },
     "linear_kto_loss": {
@@ -233,7 +237,8 @@ def test_a_misspelt_option_is_answered_with_the_nearest(function) -> None:
 
 def test_an_option_that_resembles_none_is_answered_with_the_list() -> None:
     with pytest.raises(
-        TypeError, match=r"no option 'zzz': its options are beta, loss_type, label_smoothing, reduction"
+        TypeError,
+        match=r"no option 'zzz': its options are beta, loss_type, label_smoothing, loss_weights",
     ):
         losses.dpo_loss(*[torch.zeros(1)] * 4, zzz=1)
 
@@ -321,4 +326,4 @@ def test_annealed_beta_is_that_of_the_loss() -> None:
 def test_options_apart_from_tensors() -> None:
     """What a module is made with holds no tensor: the value model's come in the call."""
     assert not set(ppo.PPO._fields) & set(ppo.Critic._fields)
-    assert set(cross_entropy.CrossEntropy._fields) == {"reduction", "metrics"}
+    assert set(cross_entropy.CrossEntropy._fields) == {"reduction", "dft", "metrics"}

@@ -106,6 +106,20 @@ def allowed_only(where: str, vocab_mask: Tensor | None, bias: Tensor | None, wei
     return torch.where(allowed, weight.new_zeros(()) if bias is None else bias, -torch.inf)
 
 
+def check_allowed(where: str, vocab_mask: Tensor | None, targets: Tensor, ignore_index: int) -> None:
+    """On the CPU, every scored target is a token that the mask allows: another has the probability 0."""
+    if vocab_mask is None or targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    scored = targets[targets != ignore_index]
+    excluded = scored[vocab_mask[scored] == 0]
+    if excluded.numel():
+        check.fail(
+            where,
+            f"vocab_mask excludes {excluded.numel()} of {scored.numel()} scored targets, token {int(excluded[0])} "
+            f"first, whose log-probability would be -inf: allow them, or give them ignore_index={ignore_index}",
+        )
+
+
 def compute_dtype_of(where: str, given: torch.dtype | None, hidden: Tensor) -> torch.dtype:
     """Returns the dtype of the operands: the given one, that of autocast where it is on, else that of ``hidden``."""
     device = hidden.device.type

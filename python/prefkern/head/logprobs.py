@@ -14,7 +14,16 @@ import prefkern.head.operators.logprob_sum
 import prefkern.head.operators.logprobs  # noqa: F401 - they define the operators
 from prefkern import check
 from prefkern.head.engine import blocks, memory
-from prefkern.head.inputs import Head, HeadOptions, adapter, allowed_only, check_head, check_options, compute_dtype_of
+from prefkern.head.inputs import (
+    Head,
+    HeadOptions,
+    adapter,
+    allowed_only,
+    check_allowed,
+    check_head,
+    check_options,
+    compute_dtype_of,
+)
 from prefkern.head.operators.statistics import OPTIONAL
 from prefkern.head.rows import Rows, check_outputs, check_targets
 from prefkern.options import read, takes
@@ -110,7 +119,8 @@ def linear_token_logprobs(
             among them: an int, a text such as ``"2GB"``, or ``math.inf``. 0 recomputes all logits (4 products); None is
             the plan's default: ``4 V H`` bytes, at least 1 GiB (`prefkern.plan`).
         num_scored: how many targets are scored, where the caller knows: spares an accelerator the wait for the count.
-        vocab_mask: ``[V]`` bool, the tokens that may be sampled: the others count as logits of -inf.
+        vocab_mask: ``[V]`` bool, the tokens that may be sampled: the others count as logits of -inf. A target among
+            them is an error on the CPU, and -inf on an accelerator.
         lora: ``(A [r, H], B [V, r], scale)``, an adapter of the weight: logits of ``W + scale B A``, which is never
             formed. Gradients reach A and B.
         group: reserved; must be None.
@@ -221,6 +231,8 @@ def _rows(where: str, hidden: Tensor, weight: Tensor, targets: Tensor, head: Hea
     check.same_device(where, hidden=hidden, weight=weight, targets=targets)
     (V, H), shape = weight.shape, hidden.shape[:-1]
     check_targets(where, targets, shape, V, head.ignore_index)
-    head = head._replace(bias=allowed_only(where, head.vocab_mask, head.bias, weight), vocab_mask=None)
+    bias = allowed_only(where, head.vocab_mask, head.bias, weight)
+    check_allowed(where, head.vocab_mask, targets, head.ignore_index)
+    head = head._replace(bias=bias, vocab_mask=None)
     rows = Rows(where, shape, targets, head.temperature, head.ignore_index)
     return head, rows, rows.compact(hidden.reshape(-1, H), head.num_scored)

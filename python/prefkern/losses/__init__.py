@@ -9,7 +9,7 @@ from prefkern.losses.linear import linear_loss
 from prefkern.losses.modules import CPOLoss, DPOLoss, KTOLoss, ORPOLoss, PPOLoss
 from prefkern.losses.orpo import linear_orpo_loss, orpo_loss
 from prefkern.losses.ppo import linear_ppo_loss, ppo_loss, value_loss
-from prefkern.losses.sequences import pair_logps, sequence_logps, shift_labels
+from prefkern.losses.sequences import pair_logps, sequence_logps, shift_labels, wpo_weights
 
 __all__ = [
     "CPOLoss",
@@ -35,4 +35,5 @@ __all__ = [
     "shift_labels",
     "topk_kl",
     "value_loss",
+    "wpo_weights",
 ]

@@ -26,6 +26,7 @@ class CrossEntropy(NamedTuple):
     """The options of `linear_cross_entropy` that are not the head's, complete."""
 
     reduction: Reduction = "mean"
+    dft: bool = False
     metrics: bool = True
 
 
@@ -33,6 +34,7 @@ class LinearCrossEntropyOptions(HeadOptions, total=False):
     """The keywords of `linear_cross_entropy` that are no tensors of the loss."""
 
     reduction: Reduction
+    dft: bool
     metrics: bool
 
 
@@ -51,7 +53,7 @@ def linear_cross_entropy(
     Without logits ``[N, V]`` in memory (https://arxiv.org/abs/2411.09009). A mean or a sum makes its gradients in the
     forward, in 3 matrix products (2 for a frozen weight, 1 without gradients) and memory that does not grow with the
     tokens; the backward multiplies them by the gradient of the loss, in place unless the graph is kept. Per token
-    (``none``), or with an adapter on the head, it is ``linear_token_logprobs`` with a minus sign.
+    (``none``), with ``dft`` or an adapter on the head, it is ``linear_token_logprobs`` with a minus sign.
 
     Args:
         hidden, weight, targets: ``[..., H]``, ``[V, H]``, ``[...]``, aligned (``shift_labels``).
@@ -59,6 +61,9 @@ def linear_cross_entropy(
         normalizer: by default the number of scored tokens of this call; give the count of the whole batch for equal
             gradients under accumulation. A number or a device tensor.
         token_weights: shaped like ``targets``, without a gradient; they never change the count.
+        dft: weighs every token by its probability, without a gradient: ``-sg[p_t] lp_t``, which learns least from what
+            the model finds unlikely, https://arxiv.org/abs/2508.05629. The weights are known only after the
+            log-probabilities, so that it holds logits as ``linear_token_logprobs`` does.
         max_memory: bytes of the transient tile of logits, at least one row of it (64 MiB on a CPU by default; on an
             accelerator what a float32 gradient of the weight takes, and at least 1 GiB). Smaller tiles cost an addition
             to the gradient of the weight each, never a product. With ``none`` as in ``linear_token_logprobs``.
@@ -82,9 +87,11 @@ def linear_cross_entropy(
     check.same_device(where, targets=targets, token_weights=token_weights)
     mask = targets != head.ignore_index
     outputs: tuple[Output, ...] = ("logps", "entropy", "is_top1") if chosen.metrics else ("logps",)
-    if reduction == "none" or head.lora is not None:
+    if reduction == "none" or chosen.dft or head.lora is not None:
         stats = token_stats(where, hidden, weight, targets, head, outputs)
         loss = negative_log_likelihood(stats.logps, mask, token_weights)
+        if chosen.dft:
+            loss = loss * stats.logps.detach().exp()
         if reduction != "none":
             loss = masked_mean(loss, mask, normalizer) if reduction == "mean" else loss.sum()
     else:

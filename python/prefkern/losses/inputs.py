@@ -92,6 +92,24 @@ def likelihood(where: str, chosen_nll: Tensor | None, like: Tensor) -> None:
     check.same_device(where, chosen_logps=like, chosen_nll=chosen_nll)
 
 
+ROUNDED = 1e-3
+"""By how much rounding may leave a log-probability above 0."""
+
+
+def log_probabilities(where: str, **named: Tensor) -> None:
+    """On the CPU, none is above 0 (but for rounding)."""
+    for name, value in named.items():
+        if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
+            continue
+        largest = value.detach().max().item()
+        if largest > ROUNDED:
+            check.fail(
+                where,
+                f"{name} must hold log-probabilities, which are at most 0, got one of {largest:.4g}: negative "
+                "log-likelihoods have the other sign",
+            )
+
+
 def spread(where: str, name: str, value: Tensor, like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A value per token as it is, one per sequence (``[B]``, packed ``[S]``) as one per token."""
     required(where, **{name: value})
@@ -156,13 +174,14 @@ def check_pairs(
     cu_seqlens: Tensor | None,
     *,
     ref_logps: Tensor | None = None,
-    weights: Tensor | None = None,
+    **per_pair: Tensor | None,
 ) -> None:
-    """The sequences are pairs; ``ref_logps`` has one value of each sequence, and ``weights`` one of each pair."""
+    """The sequences are pairs; ``ref_logps`` has one value of each sequence, and the others one of each pair."""
     count = check_rows(where, targets, cu_seqlens)
     check_even(where, count)
     _per_sequence(where, "ref_logps", ref_logps, count, targets)
-    _per_sequence(where, "weights", weights, count // 2, targets)
+    for name, value in per_pair.items():
+        _per_sequence(where, name, value, count // 2, targets)
 
 
 def _per_sequence(where: str, name: str, value: Tensor | None, count: int, targets: Tensor) -> None:

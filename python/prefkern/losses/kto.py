@@ -16,7 +16,7 @@ from prefkern.losses.reduce import divide, masked_mean, per_token, reduce_rows, 
 from prefkern.losses.reference_model import ReferenceModel
 from prefkern.losses.sequences import sequence_logps
 from prefkern.options import above, at_least, read, takes
-from prefkern.types import LossOutput, Reduction
+from prefkern.types import LossOutput, Reduction, TokenStats
 
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 
@@ -203,8 +203,8 @@ def linear_kto_loss(
     rows = partial(sequence_logps, targets=targets, cu_seqlens=cu_seqlens, ignore_index=head.ignore_index)
     ref = ReferenceModel(ref_logps, ref_hidden, ref_weight, form).per_sequence(where, "[B]", head, targets, rows)
 
-    def loss(logps: Tensor) -> LossOutput:
-        return kto_loss(rows(logps), ref, desirable, kl=kl, **kto._asdict())
+    def loss(stats: TokenStats) -> LossOutput:
+        return kto_loss(rows(stats.logps), ref, desirable, kl=kl, **kto._asdict())
 
     chosen = per_token(desirable, targets, cu_seqlens)
     return sequence_form(where, hidden, weight, targets, head, loss, chosen=chosen, metrics=kto.metrics)

@@ -49,8 +49,9 @@ def linear_loss(
     Args:
         hidden, weight, targets: ``[..., H]``, ``[V, H]``, ``[...]``, aligned (``shift_labels``).
         fn: a function of ``TokenStats``, whose fields are shaped like ``targets`` and 0 where not scored; it is
-            differentiable in ``logps``, and in ``entropy`` with ``entropy_grad=True``. It returns the loss, a scalar
-            tensor (or an unreduced one), or ``(loss, metrics)``.
+            differentiable in ``logps``, and in ``entropy`` with ``entropy_grad=True``; the others are constants, used
+            as ``stats.entropy.detach()``. It returns the loss, a scalar tensor (or an unreduced one), or
+            ``(loss, metrics)``.
         outputs, entropy_grad: which statistics ``fn`` reads, as in ``linear_token_logprobs``.
         bias, temperature, ..., group: as in ``linear_token_logprobs``.
 
@@ -59,14 +60,52 @@ def linear_loss(
 
     Raises:
         TypeError: ``fn`` returns something that is not a floating tensor, or metrics that are not tensors by name.
-        ValueError: ``fn`` returns a tensor without a graph where a gradient is wanted.
+        ValueError: ``fn`` returns a tensor without a graph where a gradient is wanted, or a loss that depends on a
+            statistic without a gradient (not seen under ``torch.compile``).
         What ``linear_token_logprobs`` refuses, by name.
     """
     head = read(WHERE, options, Head)
     if not callable(fn):
         check.fail_type(WHERE, f"fn must be a function of TokenStats that returns the loss, got {check.describe(fn)}")
     stats = token_stats(WHERE, hidden, weight, targets, head, outputs, entropy_grad=entropy_grad)
-    return _loss_output(fn(stats), with_graph=torch.is_grad_enabled() and stats.logps.requires_grad)
+    with_graph = torch.is_grad_enabled() and stats.logps.requires_grad
+    if not with_graph or torch.compiler.is_compiling():
+        return _loss_output(fn(stats), with_graph=with_graph)
+    watched, leaves = _watch(stats)
+    output = _loss_output(fn(watched), with_graph=True)
+    _check_unread(output.loss, leaves)
+    return output
+
+
+def _watch(stats: TokenStats) -> tuple[TokenStats, dict[str, Tensor]]:
+    """The statistics, those without a gradient as copies of leaves: the graph of a loss shows which it would need."""
+    values = {name: value for name, value in stats._asdict().items() if value is not None}
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in values.items()
+        if value.is_floating_point() and not value.requires_grad
+    }
+    return stats._replace(**{name: leaf.clone() for name, leaf in leaves.items()}), leaves
+
+
+def _check_unread(loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    """No leaf is in the graph of the loss: its gradient would be left out, without a word."""
+    nodes, seen = [loss.grad_fn] if leaves else [], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        for name, leaf in leaves.items():
+            if variable is leaf:
+                hint = " (stats.entropy has a gradient only with entropy_grad=True)" if name == "entropy" else ""
+                check.fail(
+                    WHERE,
+                    f"the loss of fn depends on stats.{name}, which has no gradient{hint}: write stats.{name}.detach() "
+                    "where it is a constant",
+                )
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _loss_output(result: object, *, with_graph: bool) -> LossOutput:
@@ -97,17 +136,19 @@ def sequence_form(
     weight: Tensor,
     targets: Tensor,
     head: Head,
-    loss: Callable[[Tensor], LossOutput],
+    loss: Callable[[TokenStats], LossOutput],
     *,
     chosen: Tensor,
     metrics: bool,
     scored: Tensor | None = None,
+    outputs: tuple[Output, ...] = (),
 ) -> LossOutput:
-    """Returns ``loss(logps)`` with the means over tokens that TRL shows: the entropy over ``scored`` (by default all
-    scored targets), the logits of its chosen and its other tokens, and how often a chosen one was first."""
-    outputs: tuple[Output, ...] = ("logps", "entropy", "mean_logit", "is_top1") if metrics else ("logps",)
-    stats = token_stats(where, hidden, weight, targets, head, outputs)
-    value, shown = loss(stats.logps)
+    """Returns ``loss(stats)`` with the means over tokens that TRL shows: the entropy over ``scored`` (by default all
+    scored targets), the logits of its chosen and its other tokens, and how often a chosen one was first. ``outputs``:
+    what the loss reads beside the log-probabilities."""
+    shown_outputs: tuple[Output, ...] = ("entropy", "mean_logit", "is_top1") if metrics else ()
+    stats = token_stats(where, hidden, weight, targets, head, ("logps", *shown_outputs, *outputs))
+    value, shown = loss(stats)
     if metrics:
         shown = shown | _token_metrics(stats, targets != head.ignore_index if scored is None else scored, chosen)
     return LossOutput(value, shown)

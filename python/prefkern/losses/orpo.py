@@ -15,7 +15,7 @@ from prefkern.losses.objective import objective
 from prefkern.losses.reduce import log1mexp, masked_mean, reduce_rows, widen
 from prefkern.losses.sequences import pair_logps
 from prefkern.options import at_least, read, takes
-from prefkern.types import LossOutput, Reduction
+from prefkern.types import LossOutput, Reduction, TokenStats
 
 
 class ORPO(NamedTuple):
@@ -77,13 +77,15 @@ def orpo_loss(
         gives 0, with a graph.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device, option or range, by name.
+        TypeError, ValueError: a wrong dtype, shape, device, option or range, by name; on the CPU, an average above 0,
+            as likelihoods with the sign of a loss are.
     """
     where = "orpo_loss"
     orpo = read(where, options, ORPO)
     inputs.rows(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
     inputs.required(where, chosen_nll=chosen_nll)
     inputs.likelihood(where, chosen_nll, chosen_avg_logps)
+    inputs.log_probabilities(where, chosen_avg_logps=chosen_avg_logps, rejected_avg_logps=rejected_avg_logps)
     penalties = odds_ratio(chosen_avg_logps, rejected_avg_logps)
     losses = widen(chosen_nll) + orpo.beta * penalties
     shown = odds_metrics(chosen_avg_logps, rejected_avg_logps, chosen_nll, penalties, orpo.beta) if orpo.metrics else {}
@@ -136,8 +138,8 @@ def linear_orpo_loss(
     likelihood = ChosenLikelihood(where, targets, nll_targets, chosen, head.ignore_index)
     rows = partial(pair_logps, mask=scored, cu_seqlens=cu_seqlens, average=True)
 
-    def loss(logps: Tensor) -> LossOutput:
-        return orpo_loss(*rows(logps)[:2], likelihood.nll(logps), **orpo._asdict())
+    def loss(stats: TokenStats) -> LossOutput:
+        return orpo_loss(*rows(stats.logps)[:2], likelihood.nll(stats.logps), **orpo._asdict())
 
     form = partial(sequence_form, where, hidden, weight, likelihood.targets, head, loss)
     return form(chosen=chosen, metrics=orpo.metrics, scored=scored)

@@ -1,4 +1,4 @@
-"""From tokens to sequences: aligned targets, sequence log-probabilities, and those of preference pairs."""
+"""From tokens to sequences: aligned targets, sequence log-probabilities, those of pairs, and the weights of pairs."""
 
 import torch
 from torch import Tensor
@@ -69,7 +69,8 @@ def sequence_logps(
         logps: per token, padded ``[B, T]``, or packed ``[N]`` with ``cu_seqlens [S + 1]``.
         mask: bool or 0/1, shaped like ``logps``. What it excludes never reaches the result, NaN and inf included.
         targets: the targets that ``logps`` were scored against, shaped like it.
-        average: divide by the number of scored tokens.
+        average: divide by the number of scored tokens. Padded rows then need ``targets`` or ``mask``: padding is part
+            of no sum, but of every count.
 
     Returns:
         ``[B]`` or ``[S]``, float32 (float64 for float64).
@@ -81,6 +82,8 @@ def sequence_logps(
     inputs.tokens(where, cu_seqlens, logps=logps)
     inputs.sequences(where, "logps", logps, cu_seqlens)
     mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    if average:
+        _check_counted(where, "average=True", mask, cu_seqlens)
     sums = sequence_sums(scored(logps, mask), cu_seqlens)
     return divide(sums, sequence_lengths(logps, mask, cu_seqlens)) if average else sums
 
@@ -103,10 +106,12 @@ def pair_logps(
     Args:
         logps: per token, padded ``[2B, T]``, or packed ``[N]`` with ``cu_seqlens [2B + 1]``.
         mask, targets: what is scored, as in ``sequence_logps``.
-        average: divide by the number of scored tokens.
+        average: divide by the number of scored tokens. Padded rows then need ``targets`` or ``mask``, and so they do
+            with ``ld_alpha``: padding is part of no sum, but of every count.
 
     Returns:
-        ``PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)``, each ``[B]``; lengths are int64.
+        ``PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)``, each ``[B]``; lengths are int64, and those of
+        padded rows without ``targets`` and ``mask`` are T.
 
     Raises:
         TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value, offset or ``ld_alpha``.
@@ -117,6 +122,8 @@ def pair_logps(
     if ld_alpha is not None:
         ld_alpha = check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
     mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    if average or ld_alpha is not None:
+        _check_counted(where, "average=True" if average else "ld_alpha", mask, cu_seqlens)
     logps = scored(logps, mask)
     lengths = sequence_lengths(logps, mask, cu_seqlens)
     chosen_lengths, rejected_lengths = lengths.chunk(2)
@@ -127,6 +134,56 @@ def pair_logps(
     sums = sequence_sums(logps, cu_seqlens)
     chosen, rejected = (divide(sums, lengths) if average else sums).chunk(2)
     return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
+
+
+def wpo_weights(
+    logps: Tensor,
+    log_sum_sq_probs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    targets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The weights of pairs by how likely the policy would write them itself, https://arxiv.org/abs/2406.11827.
+
+    ``exp mean_t(lp - log sum_v p_v^2)`` of the chosen times that of the rejected: 1 where each token is as likely as a
+    token of the policy is on average. Rows are all chosen, then all rejected; a row of no tokens counts 1::
+
+        stats = pk.linear_token_logprobs(hidden, weight, targets, outputs=("logps", "log_sum_sq_probs"))
+        weights = pk.wpo_weights(stats.logps, stats.log_sum_sq_probs, targets=targets)
+        loss = pk.dpo_loss(*logps, weights=weights)        # linear_dpo_loss(use_weighting=True) does both
+
+    Args:
+        logps, log_sum_sq_probs: per token, padded ``[2B, T]``, or packed ``[N]`` with ``cu_seqlens [2B + 1]``.
+        mask, targets: what is scored, as in ``sequence_logps``; padded rows need one of them.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64), without a gradient.
+
+    Raises:
+        TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value or offset, by name.
+    """
+    where = "wpo_weights"
+    inputs.tokens(where, cu_seqlens, logps=logps, log_sum_sq_probs=log_sum_sq_probs)
+    inputs.check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    _check_counted(where, "a mean over tokens", mask, cu_seqlens)
+    with torch.no_grad():
+        aligned = scored(logps, mask) - scored(log_sum_sq_probs, mask)
+        means = divide(sequence_sums(aligned, cu_seqlens), sequence_lengths(aligned, mask, cu_seqlens))
+        chosen, rejected = means.exp().chunk(2)
+        return chosen * rejected
+
+
+def _check_counted(where: str, what: str, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """The scored tokens of padded rows are known: a count that padding is part of would give a plausible number."""
+    if mask is None and cu_seqlens is None:
+        check.fail(
+            where,
+            f"{what} counts the scored tokens of each row, and padding cannot be told from them: pass the targets "
+            "that logps were scored against, or a mask (all ones where no row is padded)",
+        )
 
 
 def _ordinals(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from prefkern.losses.cpo import CPO
 from prefkern.losses.dpo import DPO
+from prefkern.losses.grpo import GRPO
 from prefkern.losses.kto import KTO, UNPAIRED_LOSSES
 from prefkern.losses.objective import OBJECTIVES
-from prefkern.losses.policy import PolicyOptions
+from prefkern.losses.policy import POLICY_LOSSES
 from prefkern.losses.preference import PAIR_LOSSES, Pairs
+from prefkern.losses.ratios import log_ratio
+from prefkern.losses.surrogates import Tokens
 
 R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
 OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
@@ -45,7 +48,21 @@ def unpaired_case(name: str) -> Callable[[Tensor], Tensor]:
     return lambda lp: UNPAIRED_LOSSES[name].function((lp - OTHER).sum(1), LABELS, 0.2, KTO(0.3))
 
 
+def policy_case(name: str) -> Callable[[Tensor], Tensor]:
+    """In a region without clips, where every token moves; half of the tokens have a covariance within its bounds."""
+    wide = {"epsilon": 0.9, "epsilon_high": 50.0, "dro_beta": 0.1, "vespo_lambda_pos": 0.01, "vespo_lambda_neg": 0.01}
+    options = GRPO(loss_type=name, cov_ratio=0.5, clip_cov_low=0.05, clip_cov_high=1e3, **wide)
+
+    def values(logps: Tensor) -> Tensor:
+        draws = torch.Generator().manual_seed(0)
+        tokens = Tokens(logps, OTHER, OTHER.flip(0), log_ratio(logps, OTHER), generator=draws)
+        return POLICY_LOSSES[name].function(tokens, options)
+
+    return values
+
+
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    **{of_table(row.function): policy_case(name) for name, row in POLICY_LOSSES.items()},
     **{of_table(row.function): pair_case(name) for name, row in PAIR_LOSSES.items()},
     **{of_table(row.function): unpaired_case(name) for name, row in UNPAIRED_LOSSES.items()},
     "cpo.cpo": lambda lp: call("cpo.cpo", *lp.sum(1).chunk(2), CPO(0.3, "simpo", 0.1, simpo_gamma=0.5, alpha=0.4)),
@@ -54,17 +71,16 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "orpo.odds_ratio": lambda lp: call("orpo.odds_ratio", *lp.mean(1).chunk(2)),
     "cross_entropy.negative_log_likelihood": lambda lp: call("cross_entropy.negative_log_likelihood", lp, None, OTHER),
-    "policy.clipped_policy": lambda lp: call(
-        "policy.clipped_policy", lp, OTHER, OTHER.flip(0), PolicyOptions(0.9, 50.0, 60.0)
-    ),
-    "policy.kl_penalty": lambda lp: call("policy.kl_penalty", lp, OTHER, "k3"),
+    "ratios.sequence_log_ratio": lambda lp: call("ratios.sequence_log_ratio", lp, OTHER, None, None, "sequence").exp(),
+    "ratios.kl_penalty": lambda lp: call("ratios.kl_penalty", lp, OTHER, "k3"),
+    "ratios.unbiased_kl_penalty": lambda lp: call("ratios.unbiased_kl_penalty", lp, OTHER, lp.detach().exp(), "k3"),
     "distillation.topk_divergence": lambda lp: call(
         "distillation.topk_divergence",
         torch.stack([lp - 1.0, lp - 2.0], -1),
         torch.stack([OTHER, OTHER - 1.0], -1) - 3.0,
         True,
     ),
-    "policy.clipped_value": lambda lp: call("policy.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
+    "value.clipped_value": lambda lp: call("value.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
 }
 
 GROUPS = {

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from prefkern.losses import cpo, kto, orpo, policy, preference
+from prefkern.losses import cpo, kto, orpo, preference, ratios, surrogates, value
 from prefkern.losses.cpo import CPO
 from prefkern.losses.dpo import DPO
+from prefkern.losses.grpo import GRPO
 from prefkern.losses.kto import KTO, UNPAIRED_LOSSES
 from prefkern.losses.preference import EXAMPLE, EXAMPLE_BETA, EXAMPLE_SMOOTHING, PAIR_LOSSES, Pairs
 
@@ -149,22 +150,27 @@ def test_odds_of_certainty_are_finite(average, side) -> None:
     assert (chosen, rejected)[side].grad[1] != 0.0
 
 
+def clipped(logps: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, options: GRPO) -> torch.Tensor:
+    tokens = surrogates.Tokens(logps, old, advantages, ratios.log_ratio(logps, old))
+    return surrogates.clipped(tokens, options)
+
+
 def test_clipped_policy() -> None:
     """Ratios 1/2, 1, 1.1, 2, 4 with advantages +1 and -1, clip 0.2 and 0.3, then with the dual clip at 3."""
     w = torch.tensor([0.5, 1.0, 1.1, 2.0, 4.0]).log()
-    options, old = policy.PolicyOptions(0.2, 0.3), torch.zeros(5)
-    close(policy.clipped_policy(w, old, torch.ones(5), options), [-0.5, -1.0, -1.1, -1.3, -1.3])
-    close(policy.clipped_policy(w, old, -torch.ones(5), options), [0.8, 1.0, 1.1, 2.0, 4.0])
-    dual = policy.PolicyOptions(0.2, 0.3, 3.0)
-    close(policy.clipped_policy(w, old, torch.ones(5), dual), [-0.5, -1.0, -1.1, -1.3, -1.3])
-    close(policy.clipped_policy(w, old, -torch.ones(5), dual), [0.8, 1.0, 1.1, 2.0, 3.0])
+    options, old = GRPO(0.2, 0.3), torch.zeros(5)
+    close(clipped(w, old, torch.ones(5), options), [-0.5, -1.0, -1.1, -1.3, -1.3])
+    close(clipped(w, old, -torch.ones(5), options), [0.8, 1.0, 1.1, 2.0, 4.0])
+    dual = GRPO(0.2, 0.3, 3.0)
+    close(clipped(w, old, torch.ones(5), dual), [-0.5, -1.0, -1.1, -1.3, -1.3])
+    close(clipped(w, old, -torch.ones(5), dual), [0.8, 1.0, 1.1, 2.0, 3.0])
 
 
 def test_clipped_policy_gradient() -> None:
     """d loss / d lp = -c1 A where the clip is not active, 0 where it is."""
     lp = torch.tensor([0.5, 1.1, 2.0, 0.5, 4.0]).log().requires_grad_()
     A = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0])
-    policy.clipped_policy(lp, torch.zeros(5), A, policy.PolicyOptions(0.2, 0.3, 3.0)).sum().backward()
+    clipped(lp, torch.zeros(5), A, GRPO(0.2, 0.3, 3.0)).sum().backward()
     close(lp.grad, [-1.0, -2.2, 0.0, 0.0, 0.0])
 
 
@@ -172,12 +178,12 @@ def test_clipped_policy_gradient() -> None:
     ("estimator", "want"), [("k1", [1.0, -1.0]), ("k2", [0.5, 0.5]), ("k3", [0.36787944, 0.71828183])]
 )
 def test_kl_penalty(estimator, want) -> None:
-    close(policy.kl_penalty(torch.tensor([0.0, -1.0]), torch.tensor([-1.0, 0.0]), estimator), want)
+    close(ratios.kl_penalty(torch.tensor([0.0, -1.0]), torch.tensor([-1.0, 0.0]), estimator), want)
 
 
 def test_k3_is_accurate_near_zero() -> None:
     """x^2 / 2 for a small x: e^x - x - 1 in float32 would give 0 or noise."""
-    k3 = policy.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.0 + 2**-12]), "k3")
+    k3 = ratios.kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.0 + 2**-12]), "k3")
     torch.testing.assert_close(k3, torch.tensor([2.0**-25]), rtol=2e-3, atol=0)
 
 
@@ -186,10 +192,10 @@ def test_extreme_log_ratios_are_held_without_a_gradient(w) -> None:
     other = torch.tensor([0.0])
     held = math.copysign(20.0, w)
     for function in (
-        lambda lp: policy.clipped_policy(lp, other, torch.tensor([-1.0]), policy.PolicyOptions(0.2, 1e12)),
-        lambda lp: policy.kl_penalty(lp, other, "k1"),
-        lambda lp: policy.kl_penalty(lp, other, "k2"),
-        lambda lp: policy.kl_penalty(lp, other, "k3"),
+        lambda lp: clipped(lp, other, torch.tensor([-1.0]), GRPO(0.2, 1e12)),
+        lambda lp: ratios.kl_penalty(lp, other, "k1"),
+        lambda lp: ratios.kl_penalty(lp, other, "k2"),
+        lambda lp: ratios.kl_penalty(lp, other, "k3"),
     ):
         lp = torch.tensor([w], requires_grad=True)
         loss = function(lp)
@@ -201,4 +207,4 @@ def test_extreme_log_ratios_are_held_without_a_gradient(w) -> None:
 def test_clipped_value() -> None:
     values, old, returns = torch.tensor([1.0, 1.0, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 1.0])
     # clipped to 0.2: (0.2 - 2)^2 > (1 - 2)^2; (1 - 0)^2 > 0.2^2; not clipped: (0.1 - 1)^2
-    close(policy.clipped_value(values, old, returns, 0.2), [1.62, 0.5, 0.405])
+    close(value.clipped_value(values, old, returns, 0.2), [1.62, 0.5, 0.405])

@@ -114,7 +114,7 @@ CALLS = [
         ValueError,
         r"ppo_loss: returns must|ppo_loss: .*same shape",
     ),
-    (lambda: PPO(X, reduction="fixed"), ValueError, "ppo_loss: reduction must be one of 'token', 'sequence'"),
+    (lambda: PPO(X, reduction="mean"), ValueError, "ppo_loss: reduction must be one of 'token', 'sequence'"),
     (lambda: PPO(X, reduction="none", normalizer=3), ValueError, "ppo_loss: reduction='none' divides by nothing"),
     (lambda: PPO(X, normalizer=-3), ValueError, "ppo_loss: normalizer must be a finite number"),
     (lambda: PPO(X, normalizer=torch.tensor(-3)), ValueError, "ppo_loss: normalizer must be finite and not negative"),

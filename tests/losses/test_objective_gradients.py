@@ -8,11 +8,14 @@ from torch.autograd import gradcheck
 from prefkern.losses import pair_logps, sequence_logps
 from prefkern.losses.cpo import CPO
 from prefkern.losses.dpo import DPO
+from prefkern.losses.grpo import GRPO
 from prefkern.losses.kto import KTO, UNPAIRED_LOSSES
 from prefkern.losses.objective import OBJECTIVES
 from prefkern.losses.orpo import log_odds_ratio
-from prefkern.losses.policy import PolicyOptions
+from prefkern.losses.policy import POLICY_LOSSES
 from prefkern.losses.preference import PAIR_LOSSES, Pairs
+from prefkern.losses.ratios import log_ratio
+from prefkern.losses.surrogates import Tokens
 
 
 def rows(*values: float) -> Tensor:
@@ -47,6 +50,21 @@ def contrastive(loss_type: str, smoothing: float, alpha: float):
 LP, OLD = rows(-1.0, -2.0, -0.5, -3.0, -1.0, -9.0), rows(-1.1, -1.0, -0.9, -3.05, -2.0, -3.0)
 A = rows(1.0, -2.0, 0.5, -1.0, -3.0, 2.0)
 
+STOPPED = {"cispo", "vespo", "gspo_token", "dppo_tv", "dppo_kl"}
+"""What stops a gradient is not the derivative of its value: `test_policy_losses` compares it with the formula."""
+
+
+def sampled(name: str, **options: float):
+    options = GRPO(loss_type=name, **{**POLICY_LOSSES[name].example, **options})
+
+    def values(logps: Tensor) -> Tensor:
+        draws, cu_seqlens = torch.Generator().manual_seed(0), torch.tensor([0, 2, 3, 6])
+        tokens = Tokens(logps, OLD, A, log_ratio(logps, OLD), cu_seqlens=cu_seqlens, generator=draws)
+        return POLICY_LOSSES[name].function(tokens, options)
+
+    return values, (LP,)
+
+
 STUDENT = torch.tensor([[0.2, 0.3, 0.1], [0.6, 0.1, 0.299], [1e-3, 1e-4, 2e-5]], dtype=torch.float64).log()
 TEACHER = torch.tensor([[0.5, 0.2, 0.0], [0.3, 0.3, 0.3], [0.9, 0.05, 0.04]], dtype=torch.float64).log()
 
@@ -64,18 +82,20 @@ CASES = {
         lambda lp: OBJECTIVES["cross_entropy.negative_log_likelihood"](lp, A > 0, OLD),
         (LP,),
     ),
-    "policy.clipped_policy": (
-        lambda lp: OBJECTIVES["policy.clipped_policy"](lp, OLD, A, PolicyOptions(0.2, 0.3)),
+    **{f"policy {name}": sampled(name) for name in POLICY_LOSSES.keys() - STOPPED},
+    "policy grpo dual": sampled("grpo", epsilon_high=0.3, delta=1.5),
+    "ratios.sequence_log_ratio": (
+        lambda lp: OBJECTIVES["ratios.sequence_log_ratio"](lp, OLD, A > -2.5, torch.tensor([0, 2, 2, 6]), "sequence"),
         (LP,),
     ),
-    "policy.clipped_policy dual": (
-        lambda lp: OBJECTIVES["policy.clipped_policy"](lp, OLD, A, PolicyOptions(0.2, 0.3, 1.5)),
+    "ratios.sequence_log_ratio product": (
+        lambda lp: OBJECTIVES["ratios.sequence_log_ratio"](lp, OLD[:3], None, torch.tensor([0, 2, 3, 6]), "product"),
         (LP,),
     ),
-    "policy.kl_penalty k1": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k1"), (LP,)),
-    "policy.kl_penalty k2": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k2"), (LP,)),
-    "policy.kl_penalty k3": (lambda lp: OBJECTIVES["policy.kl_penalty"](lp, OLD, "k3"), (LP,)),
-    "policy.clipped_value": (lambda v: OBJECTIVES["policy.clipped_value"](v, OLD, A, 0.2), (LP,)),
+    "ratios.kl_penalty k1": (lambda lp: OBJECTIVES["ratios.kl_penalty"](lp, OLD, "k1"), (LP,)),
+    "ratios.kl_penalty k2": (lambda lp: OBJECTIVES["ratios.kl_penalty"](lp, OLD, "k2"), (LP,)),
+    "ratios.kl_penalty k3": (lambda lp: OBJECTIVES["ratios.kl_penalty"](lp, OLD, "k3"), (LP,)),
+    "value.clipped_value": (lambda v: OBJECTIVES["value.clipped_value"](v, OLD, A, 0.2), (LP,)),
     "distillation.topk_divergence": (
         lambda lp: OBJECTIVES["distillation.topk_divergence"](lp, TEACHER, True),
         (STUDENT,),
@@ -97,9 +117,9 @@ CASES = {
 
 
 def test_every_differentiable_objective_has_a_case() -> None:
-    in_tables = {row.function for table in (PAIR_LOSSES, UNPAIRED_LOSSES) for row in table.values()}
+    in_tables = {row.function for table in (PAIR_LOSSES, UNPAIRED_LOSSES, POLICY_LOSSES) for row in table.values()}
     others = {name for name, function in OBJECTIVES.items() if function not in in_tables}
-    assert others - {"kto.kto_kl"} <= {name.split()[0] for name in CASES}
+    assert others - {"kto.kto_kl", "ratios.unbiased_kl_penalty"} <= {name.split()[0] for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,9 +8,11 @@ from torch import nn
 
 from prefkern.losses.cpo import CPO, CPOOptions, cpo_loss
 from prefkern.losses.dpo import DPO, DPOOptions, dpo_loss
+from prefkern.losses.grpo import GRPO, GRPOOptions, grpo_loss
 from prefkern.losses.kto import KTO, KTOOptions, kto_loss
 from prefkern.losses.orpo import ORPO, ORPOOptions, orpo_loss
 from prefkern.losses.ppo import PPO, PPOOptions, ppo_loss
+from prefkern.losses.rloo import RLOO, RLOOOptions, rloo_loss
 from prefkern.options import checked, fields, read
 from prefkern.types import LossOutput
 
@@ -110,3 +112,21 @@ class PPOLoss(_Loss):
 
     def __init__(self, cliprange: float | None = None, /, **options: Unpack[PPOOptions]) -> None:
         super().__init__(cliprange, options)
+
+
+class GRPOLoss(_Loss):
+    """`grpo_loss` with fixed options, https://arxiv.org/abs/2402.03300."""
+
+    function, kind = staticmethod(grpo_loss), GRPO
+
+    def __init__(self, epsilon: float | None = None, /, **options: Unpack[GRPOOptions]) -> None:
+        super().__init__(epsilon, options)
+
+
+class RLOOLoss(_Loss):
+    """`rloo_loss` with fixed options, https://arxiv.org/abs/2402.14740."""
+
+    function, kind = staticmethod(rloo_loss), RLOO
+
+    def __init__(self, epsilon: float | None = None, /, **options: Unpack[RLOOOptions]) -> None:
+        super().__init__(epsilon, options)

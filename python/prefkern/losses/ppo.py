@@ -1,17 +1,21 @@
 """Proximal policy optimisation, on token log-probabilities and on hidden states."""
 
-from typing import Annotated, NamedTuple, TypedDict, Unpack
+from typing import Annotated, Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from prefkern import check
 from prefkern.head.inputs import Head, HeadOptions, Reference, ReferenceOptions
-from prefkern.losses import inputs, policy
+from prefkern.losses import inputs
+from prefkern.losses.grpo import GRPO
 from prefkern.losses.linear import token_form
-from prefkern.losses.policy import KLEstimator, PolicyOptions
-from prefkern.losses.reduce import TokenReduction, masked_mean, reduce_tokens, scored
+from prefkern.losses.policy_gradient import Batch, policy_gradient
+from prefkern.losses.ratios import KLEstimator, KLGradient
+from prefkern.losses.reduce import TokenReduction, masked_mean, masked_means
 from prefkern.losses.reference_model import ReferenceModel
+from prefkern.losses.surrogates import Tokens
+from prefkern.losses.value import Critic, CriticOptions, reduced_value
 from prefkern.options import above, at_least, read, takes, within
 from prefkern.types import LossOutput
 
@@ -24,17 +28,32 @@ class PPO(NamedTuple):
     delta: Annotated[float | None, above(1.0)] = None
     kl_coef: Annotated[float, at_least(0.0)] = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_gradient: KLGradient = "plain"
     entropy_coef: Annotated[float, at_least(0.0)] = 0.0
+    positive_nll_coef: Annotated[float, at_least(0.0)] = 0.0
     vf_coef: Annotated[float, at_least(0.0)] = 0.1
     cliprange_value: Annotated[float, above(0.0)] = 0.2
     reduction: TokenReduction = "token"
+    max_completion_length: Annotated[float | None, above(0.0)] = None
     metrics: bool = True
 
     @property
-    def clip(self) -> PolicyOptions:
-        """The interval of the ratio, above as wide as below unless another is given."""
-        high = self.cliprange if self.cliprange_high is None else self.cliprange_high
-        return PolicyOptions(self.cliprange, high, self.delta)
+    def policy(self) -> GRPO:
+        """What it is beside the value model: the clipped objective, with a plain divergence from the reference."""
+        return GRPO(
+            epsilon=self.cliprange,
+            epsilon_high=self.cliprange_high,
+            delta=self.delta,
+            loss_type="bnpo",
+            beta=self.kl_coef,
+            use_bias_correction_kl=False,
+            kl_estimator=self.kl_estimator,
+            kl_gradient=self.kl_gradient,
+            entropy_coef=self.entropy_coef,
+            positive_nll_coef=self.positive_nll_coef,
+            reduction=self.reduction,
+            max_completion_length=self.max_completion_length,
+        )
 
 
 class PPOOptions(TypedDict, total=False):
@@ -45,29 +64,14 @@ class PPOOptions(TypedDict, total=False):
     delta: float | None
     kl_coef: float
     kl_estimator: KLEstimator
+    kl_gradient: KLGradient
     entropy_coef: float
+    positive_nll_coef: float
     vf_coef: float
     cliprange_value: float
     reduction: TokenReduction
+    max_completion_length: float | None
     metrics: bool
-
-
-class Critic(NamedTuple):
-    """What `ppo_loss` reads of the value model, per token, and its mask; None: no value term."""
-
-    values: Tensor | None = None
-    old_values: Tensor | None = None
-    returns: Tensor | None = None
-    value_mask: Tensor | None = None
-
-
-class CriticOptions(TypedDict, total=False):
-    """The keywords of `ppo_loss` on the value model."""
-
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    value_mask: Tensor | None
 
 
 class PPOArguments(PPOOptions, CriticOptions, total=False):
@@ -83,6 +87,8 @@ def ppo_loss(
     *,
     ref_logps: Tensor | None = None,
     entropy: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    is_correct: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
     **options: Unpack[PPOArguments],
@@ -91,12 +97,15 @@ def ppo_loss(
 
     With ``c1 = e^(lp - lp_old)`` and ``c2 = clamp(c1, 1 - cliprange, 1 + cliprange_high)``::
 
-        reduce( -min(c1 A, c2 A) + kl_coef k ) - entropy_coef mean(entropy) + vf_coef value_loss
+        reduce( -token_weights min(c1 A, c2 A) + kl_coef k )
+            - entropy_coef mean(entropy) + positive_nll_coef mean(-lp where correct) + vf_coef value_loss
 
     ``delta`` is the dual clip: the first c1 becomes ``min(c1, delta)``, which bounds the loss of a negative advantage.
-    k estimates ``KL(policy || reference)`` with ``x = lp_ref - lp``: k1 ``-x``, k2 ``x^2 / 2``, k3 ``e^x - x - 1``.
-    Log-ratios are held within +-20, without a gradient beyond. The entropy and value terms are means over their own
-    tokens in this call, whatever the reduction. Gradients reach ``logps``, ``entropy`` and ``values`` only.
+    k estimates ``KL(policy || reference)`` with ``x = lp_ref - lp``: k1 ``-x``, k2 ``x^2 / 2``, k3 ``e^x - x - 1``; see
+    ``grpo_loss`` for what their gradients estimate, and for ``kl_gradient="unbiased"``. Without clip, value model and
+    reference it is the textbook's ``E min(r A, clip(r, 1 - e, 1 + e) A)``. Log-ratios are held within +-20, without a
+    gradient beyond. The entropy, likelihood and value terms are means over their own tokens in this call, whatever the
+    reduction. Gradients reach ``logps``, ``entropy`` and ``values`` only.
 
     Args:
         logps, old_logps, ref_logps: of the tokens taken, under the policy, the policy that sampled them and the
@@ -106,10 +115,14 @@ def ppo_loss(
         cliprange, cliprange_high: distances below and above 1, above defaulting to below.
         delta: above 1.
         entropy: per token; with ``entropy_coef`` it must carry a gradient (ask for ``entropy_grad=True``).
+        token_weights: corrections for the sampler (``importance_weights``), per token or per sequence; they multiply
+            the policy term, and never change a count.
+        is_correct: bool or 0/1 per sequence, whose likelihood ``positive_nll_coef`` raises, https://arxiv.org/abs/2504.05118.
         values, old_values, returns, value_mask: per token, of the value model; ``value_mask`` defaults to ``mask``.
         reduction: ``token`` (sum / normalizer, by default the scored tokens of this call), ``sequence`` (sum of the
             sequences' token means / normalizer, by default the number of sequences, empty ones included),
-            ``sequence_sum`` (the same of token sums), ``none`` (per token; without entropy and value terms).
+            ``sequence_sum`` (the same of token sums), ``fixed`` (the same of token sums / max_completion_length, T if
+            padded and not given), ``none`` (per token; without entropy, likelihood and value terms).
         normalizer: the count of the whole batch, for equal gradients under accumulation; a number or a device tensor.
         cu_seqlens: ``[S + 1]`` offsets of packed sequences.
         metrics: False gives an empty dict.
@@ -126,81 +139,48 @@ def ppo_loss(
     where = "ppo_loss"
     critic, ppo = read(where, options, Critic, PPO)
     values, old_values, returns, value_mask = critic
-    optional = {"ref_logps": ref_logps, "entropy": entropy, **critic._replace(value_mask=None)._asdict()}
-    inputs.tokens(where, cu_seqlens, logps=logps, old_logps=old_logps, optional=optional)
-    _check_terms(where, logps, ref_logps, entropy, critic, ppo)
-    if ppo.reduction.startswith("sequence"):
-        inputs.sequences(where, "logps", logps, cu_seqlens)
-    normalizer = inputs.normalizer(where, normalizer, ppo.reduction, logps)
-    advantages = inputs.spread(where, "advantages", advantages, logps, cu_seqlens)
-    mask = inputs.scored(where, logps, mask, None)
-    value_mask = mask if value_mask is None else inputs.scored(where, logps, value_mask, None, name="value_mask")
-
-    lp, old, A = scored(logps, mask), scored(old_logps, mask), scored(advantages, mask).detach()
-    losses = policy.clipped_policy(lp, old, A, ppo.clip)
-    kl = None if ref_logps is None else policy.kl_penalty(lp, scored(ref_logps, mask), ppo.kl_estimator)
-    total = losses + ppo.kl_coef * kl if kl is not None and ppo.kl_coef else losses
-    loss = reduce_tokens(total, mask, reduction=ppo.reduction, normalizer=normalizer, cu_seqlens=cu_seqlens)
-    if entropy is not None and ppo.entropy_coef:
-        loss = loss - ppo.entropy_coef * masked_mean(entropy, mask)
+    inputs.tokens(
+        where, cu_seqlens, logps=logps, old_logps=old_logps, optional=critic._replace(value_mask=None)._asdict()
+    )
+    _check_critic(where, critic, ppo)
+    batch = Batch(
+        logps, old_logps, advantages, mask, ref_logps, entropy, token_weights, is_correct, normalizer, cu_seqlens
+    )
+    loss, losses, kl, tokens = policy_gradient(where, batch, ppo.policy, "kl_coef")
     value_metrics: dict[str, Tensor] = {}
     if values is not None and old_values is not None and returns is not None:
-        value, value_metrics = _value(values, old_values, returns, value_mask, ppo.cliprange_value, None, ppo.metrics)
+        scored = tokens.mask if value_mask is None else inputs.scored(where, logps, value_mask, None, name="value_mask")
+        value, value_metrics = reduced_value(
+            values, old_values, returns, scored, ppo.cliprange_value, None, ppo.metrics
+        )
         loss = loss + ppo.vf_coef * value
     if not ppo.metrics:
         return LossOutput(loss, {})
     terms = {"loss/policy_avg": losses, "kl": kl, "policy/entropy_avg": entropy}
-    means = {name: masked_mean(x.detach(), mask) for name, x in terms.items() if x is not None}
-    return LossOutput(loss, means | policy.policy_metrics(lp, old, A, mask, ppo.clip) | value_metrics)
+    shown = {name: x.detach() for name, x in terms.items() if x is not None}
+    return LossOutput(loss, policy_metrics(tokens, ppo.policy, shown) | value_metrics)
 
 
-class Value(NamedTuple):
-    """The options of `value_loss`, complete."""
-
-    cliprange_value: Annotated[float, above(0.0)] = 0.2
-    metrics: bool = True
-
-
-class ValueOptions(TypedDict, total=False):
-    """The keywords of `value_loss` that are no tensors."""
-
-    cliprange_value: float
-    metrics: bool
-
-
-@takes(Value)
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None = None,
-    *,
-    normalizer: Tensor | float | None = None,
-    cu_seqlens: Tensor | None = None,
-    **options: Unpack[ValueOptions],
-) -> LossOutput:
-    """The clipped value loss of PPO, ``mean max((v - R)^2, (clip(v, v_old +- c) - R)^2) / 2``.
-
-    The clip around the old values is that of the implementations, https://arxiv.org/abs/2005.12729.
-
-    Args:
-        values, old_values, returns: per token, padded ``[B, T]`` or packed ``[N]``; the gradient reaches ``values``.
-        mask: scored tokens, bool or 0/1; what it excludes may hold anything.
-        cliprange_value: c, above 0.
-        normalizer: divides the sum, by default the number of scored tokens of this call.
-
-    Returns:
-        ``LossOutput(loss, metrics)``, metrics ``loss/value_avg``, ``val/clipfrac_avg``, ``val/var_explained``.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype, shape, device, option or range, by name.
-    """
-    where = "value_loss"
-    cliprange_value, metrics = read(where, options, Value)
-    inputs.tokens(where, cu_seqlens, values=values, old_values=old_values, returns=returns)
-    mask = inputs.scored(where, values, mask, None)
-    normalizer = inputs.normalizer(where, normalizer, "token", values)
-    return _value(values, old_values, returns, mask, cliprange_value, normalizer, metrics)
+@torch.no_grad()
+def policy_metrics(tokens: Tokens, options: GRPO, shown: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Token means: of what is ``shown``, how often the clip removed the gradient (below, above, either), ``E[w^2] / 2``
+    and the ratio."""
+    w, A = tokens.log_ratio, tokens.advantages
+    ratio = w.exp()
+    low = (ratio < 1.0 - options.epsilon) & (A < 0)
+    high = (ratio > 1.0 + options.high) & (A > 0)
+    means = masked_means(
+        {
+            **shown,
+            "policy/clipfrac_avg": low | high,
+            "policy/clipfrac_low": low,
+            "policy/clipfrac_high": high,
+            "policy/approxkl_avg": w.square() / 2,
+            "val/ratio": ratio,
+        },
+        tokens.mask,
+    )
+    return means | {"val/ratio_var": masked_mean((ratio - means["val/ratio"]).square(), tokens.mask)}
 
 
 class LinearPPOOptions(PPOArguments, ReferenceOptions, HeadOptions, total=False):
@@ -219,6 +199,8 @@ def linear_ppo_loss(
     ref_logps: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    is_correct: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
     **options: Unpack[LinearPPOOptions],
@@ -239,7 +221,7 @@ def linear_ppo_loss(
             head, scored here without a gradient. Where the policy has a bias, scale or softcap, the reference's must be
             given too: zeros, 1.0 or ``math.inf`` say that it has none.
         ref_temperature: default: that of the policy.
-        cliprange, ..., metrics: as in ``ppo_loss``.
+        token_weights, is_correct, cliprange, ..., metrics: as in ``ppo_loss``.
         num_scored: counts the targets that are scored and in ``mask``.
         bias, temperature, ..., group: as in ``linear_token_logprobs``.
 
@@ -253,7 +235,8 @@ def linear_ppo_loss(
     critic, ppo, form, head = read(where, options, Critic, PPO, Reference, Head)
     targets, scored = inputs.scored_targets(where, targets, mask, cu_seqlens, head.ignore_index)
     ref = ReferenceModel(ref_logps, ref_hidden, ref_weight, form).per_token(where, head, targets)
-    given = {"ref_logps": ref, "normalizer": normalizer, "cu_seqlens": cu_seqlens}
+    given: dict[str, Any] = {"ref_logps": ref, "token_weights": token_weights, "is_correct": is_correct}
+    given |= {"normalizer": normalizer, "cu_seqlens": cu_seqlens}
 
     def loss(logps: Tensor, entropy: Tensor | None) -> LossOutput:
         others = {"entropy": entropy, **given, **critic._asdict(), **ppo._asdict()}
@@ -263,35 +246,7 @@ def linear_ppo_loss(
     return token_form(where, hidden, weight, targets, head, loss, **wanted)
 
 
-def _value(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor | None,
-    cliprange: float,
-    normalizer: Tensor | float | None,
-    metrics: bool,
-) -> LossOutput:
-    v, old, R = scored(values, mask), scored(old_values, mask), scored(returns, mask)
-    losses = policy.clipped_value(v, old, R, cliprange)
-    loss = masked_mean(losses, mask, normalizer)
-    if not metrics:
-        return LossOutput(loss, {})
-    shown = {"loss/value_avg": masked_mean(losses.detach(), mask)}
-    return LossOutput(loss, shown | policy.value_metrics(v, old, R, mask, cliprange))
-
-
-def _check_terms(
-    where: str, logps: Tensor, ref_logps: Tensor | None, entropy: Tensor | None, critic: Critic, ppo: PPO
-) -> None:
-    """Checks that every option has the inputs that it reads, and that they can do what it asks of them."""
-    if ppo.kl_coef and ref_logps is None:
-        check.fail(where, f"kl_coef={ppo.kl_coef} needs ref_logps, got None")
-    if ppo.entropy_coef:
-        if entropy is None:
-            check.fail(where, f"entropy_coef={ppo.entropy_coef} needs entropy, got None")
-        if torch.is_grad_enabled() and logps.requires_grad and not entropy.requires_grad:
-            check.fail(where, f"entropy_coef={ppo.entropy_coef} needs an entropy with a gradient (entropy_grad=True)")
+def _check_critic(where: str, critic: Critic, ppo: PPO) -> None:
     given = [name for name in ("values", "old_values", "returns") if getattr(critic, name) is not None]
     if len(given) not in (0, 3):
         check.fail(where, f"values, old_values and returns come together, got only {' and '.join(given)}")

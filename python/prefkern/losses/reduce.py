@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefkern.types import Reduction
 
-TokenReduction = Literal["token", "sequence", "sequence_sum", "none"]
+TokenReduction = Literal["token", "sequence", "sequence_sum", "fixed", "none"]
 
 
 def widen(x: Tensor) -> Tensor:
@@ -52,6 +52,16 @@ def masked_mean(x: Tensor, mask: Tensor | None, normalizer: Tensor | float | Non
     if normalizer is None:
         normalizer = x.numel() if mask is None else mask.sum()
     return divide(scored(x, mask).sum(), normalizer)
+
+
+def masked_means(named: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+    """`masked_mean` of each, for metrics: one count and one division for all of them."""
+    count = next(iter(named.values())).numel() if mask is None else mask.sum()
+    outside = None if mask is None else ~mask
+    wide = (widen(x) if outside is None else widen(x).masked_fill(outside, 0.0) for x in named.values())
+    sums = [x.sum() for x in wide]
+    means = divide(torch.stack(sums), count).unbind()
+    return {name: mean.to(total.dtype) for name, mean, total in zip(named, means, sums, strict=True)}
 
 
 def reduce_rows(x: Tensor, reduction: Reduction) -> Tensor:
@@ -133,12 +143,13 @@ def reduce_tokens(
     reduction: TokenReduction,
     normalizer: Tensor | float | None = None,
     cu_seqlens: Tensor | None = None,
+    length: float | None = None,
 ) -> Tensor:
     """``x [B, T]`` or packed ``[N]``, reduced over its scored tokens.
 
     ``token``: sum / normalizer, by default the number of scored tokens. ``sequence``: the sum over sequences of their
     token means, / normalizer, by default the number of sequences, empty ones included. ``sequence_sum``: the same of
-    token sums. ``none``: per token, 0 where not scored.
+    token sums. ``fixed``: the same of token sums / ``length``, by default T. ``none``: per token, 0 where not scored.
     """
     if reduction == "token":
         return masked_mean(x, mask, normalizer)
@@ -148,4 +159,6 @@ def reduce_tokens(
     rows = sequence_sums(x, cu_seqlens)
     if reduction == "sequence":
         rows = divide(rows, sequence_lengths(x, mask, cu_seqlens))
+    if reduction == "fixed":
+        rows = divide(rows, x.shape[-1] if length is None else length)
     return divide(rows.sum(), rows.numel() if normalizer is None else normalizer)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prefkern import _core
 from prefkern.data.advantages.gae import gae
 from prefkern.data.advantages.rewards import token_rewards
-from prefkern.losses.policy import kl_penalty
+from prefkern.losses.ratios import kl_penalty
 
 PLACES = ("last", "after_last")
 KINDS = ("k1", "k2", "k3")

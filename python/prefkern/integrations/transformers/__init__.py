@@ -9,6 +9,19 @@ vocabulary, an adapter) is found by running the model's own code, and compared w
 
 from prefkern.integrations.transformers.head import ModelHead, ReferenceHead, head_of
 from prefkern.integrations.transformers.hidden import last_hidden
+from prefkern.integrations.transformers.lazy import LazyPatch, RealLogitsWarning, lazy_logits, patch, unpatch
 from prefkern.integrations.transformers.noise import Quiet, without_noise
 
-__all__ = ["ModelHead", "Quiet", "ReferenceHead", "head_of", "last_hidden", "without_noise"]
+__all__ = [
+    "LazyPatch",
+    "ModelHead",
+    "Quiet",
+    "RealLogitsWarning",
+    "ReferenceHead",
+    "head_of",
+    "last_hidden",
+    "lazy_logits",
+    "patch",
+    "unpatch",
+    "without_noise",
+]

@@ -36,7 +36,8 @@ def reverse_topk_divergence(logps: Tensor, teacher_logps: Tensor, tail: bool) ->
 
     Entries whose teacher has -inf are not among the k: their mass is the student's remainder. A remainder that rounding
     leaves at or below 0 is 0 where it weighs, and half a rounding in its logarithm, without a gradient. The gradient
-    reaches the p too: ``p_s [(log p_s - log p_t) - (log r_s - log r_t)]``; without tail ``p_s (log p_s - log p_t + 1)``.
+    reaches the p too: ``p_s [(log p_s - log p_t) - (log r_s - log r_t)]``; without tail
+    ``p_s (log p_s - log p_t + 1)``.
     """
     teacher_logps = teacher_logps.detach()
     kept = teacher_logps != -torch.inf

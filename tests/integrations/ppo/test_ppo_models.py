@@ -232,7 +232,7 @@ def test_responses_to_padded_queries_are_those_to_each_alone(kind: str) -> None:
     """Also of a model that counts padding on the left as tokens."""
     changes = {"bart": _BART, "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16}, "llama": {}}[kind]
     model = tiny(kind, **changes)
-    args = PPOConfig(response_length=6, kl_coef=0.0, disable_tqdm=True, local_rollout_forward_batch_size=2)
+    args = PPOConfig(response_length=6, kl_coef=0.0, disable_tqdm=True)
     trainer = PPOTrainer(model, None, None, args)
     queries = [row[: 2 + i % 4] for i, row in enumerate(tokens(7, 6))]
     for query, response in zip(queries, trainer.generate(queries, do_sample=False), strict=True):
@@ -240,3 +240,7 @@ def test_responses_to_padded_queries_are_those_to_each_alone(kind: str) -> None:
         with torch.no_grad():
             best = model(input_ids=row[None]).logits[0, len(query) - 1 : -1].argmax(-1)
         assert torch.equal(best, response)
+    if kind == "bart":
+        trainer.sharded = True  # as many calls on every process
+        with pytest.raises(ValueError, match="queries must be of one length where FSDP2 shards a model"):
+            trainer.generate(queries)

@@ -52,7 +52,10 @@ def generate(state: State, queries: list[Ids], **options: Any) -> list[Tensor]:
     model.eval()
     responses: list[Tensor] = [torch.empty(0)] * len(queries)
     policy = state.accelerator.unwrap_model(state.model).policy
-    batches = _batches(queries, args.local_rollout_forward_batch_size, models.ignores_left_padding(policy))
+    pads = models.ignores_left_padding(policy)
+    if state.sharded and not pads and len({len(query) for query in queries}) > 1:
+        check.fail(WHERE, "queries must be of one length where FSDP2 shards a model that padding on the left changes")
+    batches = _batches(queries, args.local_rollout_forward_batch_size, pads)
     try:
         with models.plain_generation(policy, transformers):
             for rows in batches:

@@ -20,7 +20,7 @@ class State:
     Attributes:
         args, tokenizer: as they were given.
         model: policy and value function in one module (`models.ActorCritic`), as accelerate wraps it; optimizer: its
-            optimiser.
+            optimiser, rates: the learning rates of its groups before any schedule.
         reference: the frozen reference, or None; adapter_is_off_in_reference: the policy without its adapter is it.
         limits: what the policy can take; stop_token_ids, pad_token_id: what ends a response, what fills rows.
         accelerator, device, sharded: the processes, this one's device, whether FSDP2 shards the model.
@@ -47,6 +47,10 @@ class State:
         head = suitable.check_models(model, ref_model, value_model)
         vocabulary = len(head["weight"])
         self.reference = models.make_reference(model, ref_model, args)
+        if self.reference is not None:
+            suitable.check_policy(
+                "ref_model", self.reference.policy
+            )  # a copy is another object, of which nothing is known
         self.adapter_is_off_in_reference = self.reference is None and models.is_peft(model) and args.reference == "auto"
         self.stop_token_ids = tokens.stop_tokens(args, tokenizer, model, vocabulary)
         self.pad_token_id = tokens.padding(tokenizer)

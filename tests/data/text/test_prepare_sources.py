@@ -1,7 +1,9 @@
 """prepare: files as they are found (arrays, byte-order marks, other encodings), and special tokens that stand once."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,13 @@ def test_a_byte_order_mark_costs_no_row(words: Any, tmp_path: Path) -> None:
 def test_a_byte_that_is_not_utf_8_names_its_line(words: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [*ROWS, {**GOOD, "completion": "@"}])
     path.write_bytes(path.read_bytes().replace(b"@", b"\xe9"))  # Latin-1
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert quiet(packed, words, on_bad="report").refused[0].reason.startswith("the line holds the byte 0xe9")
+    for suffix, compress in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        packed = tmp_path / f"rows.jsonl{suffix}"
+        packed.write_bytes(compress(path.read_bytes()))
+        with pytest.raises(
+            ValueError, match=rf"line 3 of .*rows\.jsonl\{suffix} holds the byte 0xe9, which is not UTF-8"
+        ):
+            quiet(packed, words, on_bad="report")
     with pytest.raises(RefusedRows, match=r"1 of 3 .*: line 3: the line holds the byte 0xe9, which is not UTF-8; pass"):
         quiet(path, words)
     got = quiet(path, words, on_bad="report")

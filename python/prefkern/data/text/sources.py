@@ -1,6 +1,7 @@
 """Where rows come from, as a ``datasets.Dataset``: itself, a file, or Python objects written to disk as JSON."""
 
 import codecs
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -106,6 +107,9 @@ def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None, num_pro
         )
     except Exception as error:  # the builders wrap what Arrow, the codec or the file system raised
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):  # of a compressed file, which is opened without these options
+            byte, line = cause.object[cause.start], _line_of_bad_byte(path)
+            check.fail(where, f"line {line} of {path} holds the byte 0x{byte:02x}, which is not UTF-8")
         raise ValueError(f"prefkern.{where}: {path} cannot be read: {type(cause).__name__}: {cause}") from error
     if kind == ".parquet":
         return _of_arrow(dataset)
@@ -122,6 +126,20 @@ def _undecoded(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "".join(f"{NOT_UTF8}{byte:02x}" for byte in error.object[error.start : error.end]), error.end
+
+
+def _line_of_bad_byte(path: Path) -> int | str:
+    import lzma
+
+    import pyarrow as pa
+
+    with lzma.open(path) if path.suffix == ".xz" else io.BufferedReader(pa.input_stream(str(path))) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return "a"
 
 
 def _is_array(dataset: Any) -> bool:

@@ -221,7 +221,18 @@ def test_values_are_refused():
     refused(
         ValueError, "terminated must hold only 0 and 1 (or be bool), got -1 at [0, 0]", terminated=-MASK.astype(int)
     )
-    refused(TypeError, "mask must be bool or integers 0 and 1, got float32 (3, 5)", mask=MASK.astype(np.float32))
+    refused(TypeError, "mask must be bool or numbers 0 and 1, got complex64 (3, 5)", mask=MASK.astype(np.complex64))
+    for value in (0.5, np.nan):
+        part = MASK.astype(np.float32)
+        part[2, 1] = value
+        refused(ValueError, f"mask must hold only 0 and 1 (or be bool), got {value} at [2, 1]", mask=part)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_masks_of_floats_are_masks(dtype) -> None:
+    """As the losses take them."""
+    expected = gae(REWARDS, VALUES, mask=MASK).advantages
+    np.testing.assert_array_equal(gae(REWARDS, VALUES, mask=MASK.astype(dtype)).advantages, expected)
 
 
 @pytest.mark.parametrize(

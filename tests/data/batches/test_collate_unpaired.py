@@ -108,11 +108,21 @@ def test_the_end_is_kept_as_for_pairs(rows, options, padding_free):
 
 def test_labels_of_every_kind():
     expected = torch.tensor([True, False, True])
-    for labels in ([True, False, True], [1, 0, 1], np.array([1, 0, 1]), torch.tensor([True, False, True])):
+    numbers = ([1, 0, 1], [1.0, 0.0, 1.0], np.array([1, 0, 1]), torch.tensor([1.0, 0.0, 1.0]))
+    for labels in ([True, False, True], torch.tensor([True, False, True]), *numbers):
         named = {"prompt_ids": [[1]] * 3, "completion_ids": [[2]] * 3, "label": labels}
         assert torch.equal(collate_unpaired(named, pad_token_id=0)["label"], expected)
     rows = [row | {"label": np.bool_(row["label"])} for row in ROWS]
     assert torch.equal(collate_unpaired(rows, pad_token_id=0)["label"], expected)
+
+
+def test_numbers_that_no_float_can_hold_name_their_row():
+    rows = {"prompt_ids": [[1]] * 2, "completion_ids": [[2]] * 2, "label": [1, 0], "ref_logps": [-1, -(10**400)]}
+    with pytest.raises(ValueError, match=r"ref_logps\[1\] must be a number that a float can hold, got int -1000"):
+        collate_unpaired(rows, pad_token_id=0)
+    scored = {"prompt_ids": [[1]], "completion_ids": [[2]], "score": [10**5000]}
+    with pytest.raises(ValueError, match=r"score\[0\] must be a number that a float can hold, got int of too many"):
+        collate_scored(scored, pad_token_id=0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -173,7 +173,19 @@ def test_large_batches_on_several_threads():
     ("ids", "mask", "error", "message"),
     [
         (torch.ones(2, 3).long(), None, ValueError, "mask must be given with padded input_ids, got int64"),
-        (torch.ones(2, 3).long(), torch.ones(2, 2), TypeError, "mask must be bool or integers 0 and 1, got float32"),
+        (
+            torch.ones(2, 3).long(),
+            np.ones((2, 3), complex),
+            TypeError,
+            "mask must be bool or numbers 0 and 1, got comp",
+        ),
+        (
+            torch.ones(2, 3).long(),
+            torch.ones(2, 3) / 2,
+            ValueError,
+            "mask must hold only 0 and 1 (or be bool), got 0.5",
+        ),
+        (torch.ones(2, 3).long(), torch.ones(2, 2), ValueError, "input_ids and mask must have the same shape"),
         (torch.ones(2, 3).long(), torch.ones(2, 2).long(), ValueError, "input_ids and mask must have the same shape"),
         (torch.ones(2, 3), torch.ones(2, 3).long(), TypeError, "input_ids must hold integers that fit int64"),
         (torch.ones(3).long(), torch.ones(3).long(), ValueError, "input_ids must be [B, T], got int64 (3,)"),
@@ -188,6 +200,12 @@ def test_large_batches_on_several_threads():
 def test_refused(ids, mask, error, message):
     with pytest.raises(error, match="^" + re.escape(f"prefkern.data.flatten: {message}")):
         flatten(ids, mask)
+
+
+def test_masks_of_floats_are_masks():
+    ids, mask = torch.tensor([[7, 8, 9], [5, 6, 4]]), torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    for floats in (mask, mask.double().numpy(), mask.tolist()):
+        assert flatten(ids, floats).input_ids.tolist() == [7, 8, 6, 4]
 
 
 def test_unflatten_refuses():

@@ -124,19 +124,19 @@ def test_every_epoch(case, epoch):
     batches = list(sampler)
     assert len(batches) == count
     assert count % options["ranks"] == 0
-    assert sorted(index for batch in batches for index in batch.tolist()) == list(range(len(lengths)))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         own = [lengths[index] for index in batch]
         assert (max(own) * len(own) if options["padded"] else sum(own)) <= budget
     again = token_batches(lengths, budget, **options)
     again.set_epoch(epoch)
-    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in batches]
+    assert list(again) == batches
     # every rank by itself: the same batches by turns, the same number of them
     for rank in range(options["ranks"]):
         alone = token_batches(lengths, budget, **options, rank=rank)
         alone.set_epoch(epoch)
         assert len(alone) == count // options["ranks"]
-        assert [b.tolist() for b in alone] == [b.tolist() for b in batches[rank :: options["ranks"]]]
+        assert list(alone) == batches[rank :: options["ranks"]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,21 +146,21 @@ def test_resumed_where_it_stood(case, stop):
     if made(lengths, budget, options) is None:
         return
     sampler = token_batches(lengths, budget, **options, rank=0)
-    everything = [batch.tolist() for batch in sampler]
+    everything = list(sampler)
     again = token_batches(lengths, budget, **options, rank=0)
     iterator = iter(again)
-    first = [next(iterator).tolist() for _ in range(min(stop, len(everything)))]
+    first = [next(iterator) for _ in range(min(stop, len(everything)))]
     resumed = token_batches(lengths, budget, **options, rank=0)
     resumed.load_state_dict(again.state_dict())
     if len(first) < len(everything):
         resumed.set_epoch(0)  # as trainers do at the beginning of the epoch
-        assert first + [batch.tolist() for batch in resumed] == everything
+        assert first + list(resumed) == everything
     else:
         assert resumed.state_dict()["epoch"] == 1
     assert resumed.state_dict()["epoch"] == 1
     by_count = token_batches(lengths, budget, **options, rank=0)
     by_count.load_state_dict(token_batches(lengths, budget, **options, rank=0).state_dict(done=len(first)))
-    assert first + [batch.tolist() for batch in by_count] == everything
+    assert first + list(by_count) == everything
 
 
 def test_epochs_differ_and_waste_little():
@@ -189,6 +189,23 @@ def test_as_batch_sampler_of_a_dataloader():
     assert len(loader) == len(sampler)
     for _ in range(2):
         assert sorted(int(row[0]) for batch in loader for row in batch) == list(range(7))
+
+
+def test_indices_are_plain_ints():
+    """As those of torch's samplers: a dataset may seed a generator with them."""
+
+    class Rows(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            assert type(index) is int
+            return float(torch.rand((), generator=torch.Generator().manual_seed(index)))
+
+        def __len__(self):
+            return 7
+
+    batches = token_batches([1, 2, 3, 4, 3, 2, 1], 5)
+    assert all(type(batch) is list for batch in batches)
+    loader = torch.utils.data.DataLoader(Rows(), batch_sampler=batches)
+    assert sum(len(batch) for batch in loader) == 7
 
 
 def test_with_datasets():

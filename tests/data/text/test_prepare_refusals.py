@@ -29,7 +29,9 @@ BAD: dict[str, tuple[dict[str, Any] | str | int, str]] = {
         {"prompt": "a", "completion": assistant("b"), "label": True},
         "prompt is text but completion is a list of messages; if it begins with the prompt",
     ),
-    "label": ({"prompt": "a", "completion": "b", "label": 1}, "label must be true or false, got int 1"),
+    "label": ({"prompt": "a", "completion": "b", "label": 2}, "label must be true or false, got int 2"),
+    "signed label": ({"prompt": "a", "completion": "b", "label": -1}, "label must be true or false, got int -1"),
+    "half a label": ({"prompt": "a", "completion": "b", "label": 0.5}, "label must be true or false, got float 0.5"),
     "label text": ({"prompt": "a", "completion": "b", "label": "no"}, "label must be true or false, got str 'no'"),
     "role": (
         {"prompt": [{"role": "usr", "content": "a"}], "completion": assistant("b"), "label": True},
@@ -47,6 +49,42 @@ BAD: dict[str, tuple[dict[str, Any] | str | int, str]] = {
     "template": (
         {"prompt": user("boom"), "completion": assistant("b"), "label": True},
         "the chat template refuses it: no bombs",
+    ),
+    "empty turn": (
+        {"prompt": user("a"), "completion": assistant(""), "label": True},
+        "completion[0] is an assistant's turn that is empty",
+    ),
+    "later empty turn": (
+        {"prompt": user("a"), "completion": assistant("b") + user("c") + assistant(""), "label": True},
+        "completion[2] is an assistant's turn that is empty",
+    ),
+    "empty blocks": (
+        {"prompt": user("a"), "completion": assistant([{"type": "text", "text": ""}]), "label": True},  # type: ignore[arg-type]
+        "completion[0] is an assistant's turn that is empty",
+    ),
+    "speaker": (
+        {"prompt": [{"from": "bing", "value": "a"}], "completion": assistant("b"), "label": True},
+        "prompt[0] must be from one of system, human, user, gpt, assistant, observation, tool, got str 'bing'",
+    ),
+    "no value": (
+        {"prompt": [{"from": "human"}], "completion": assistant("b"), "label": True},
+        "prompt[0] must have text as its content, got NoneType None",
+    ),
+    "surrogate": (
+        {"prompt": "a\ud83d", "completion": "b", "label": True},
+        "its text holds U+D83D, half of a surrogate pair, which is no character",
+    ),
+    "surrogate in a message": (
+        {"prompt": user("a"), "completion": assistant("b\ude00"), "label": True},
+        "its text holds U+DE00, half of a surrogate pair, which is no character",
+    ),
+    "surrogate as a role": (
+        {"prompt": [{"role": "\ud83d", "content": "a"}], "completion": assistant("b"), "label": True},
+        "prompt[0] must have a role of system, developer, user, assistant, tool, got str '\\ud83d'",
+    ),
+    "images": (
+        {"prompt": "<image> a", "completion": "b", "label": True, "images": ["cat.png"]},
+        "images is not empty: only a model's processor can read it, and prepare tokenises text; columns={'images': ",
     ),
     "tools": (
         {"prompt": user("a"), "completion": assistant("b"), "label": True, "tools": "{"},
@@ -85,7 +123,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: repr(value)[:12])
 def test_refused_numbers(words: Any, value: Any) -> None:
     reason = NUMBERS[value]
     row = {"prompt": "a", "completion": "b", "reward": 1.0}
@@ -97,15 +135,28 @@ def test_refused_numbers(words: Any, value: Any) -> None:
         assert quiet(dataset, words, on_bad="report").refused == ((1, f"score {reason}"),)
 
 
+def test_numbers_beyond_floats(words: Any) -> None:
+    row = {"prompt": "a", "completion": "b", "reward": 1.0}
+    rows = [row | {"reward": 10**400}, row, row | {"reward": -(10**400)}, row | {"reward": 10**5000}]
+    got = quiet(rows, words, on_bad="report")
+    assert [number for number, _ in got.refused] == [0, 2, 3]
+    assert got.refused[0].reason.startswith("reward must be a number that a float can hold, got int 1000000")
+    assert len(got.refused[0].reason) < 120
+    assert got.refused[2].reason.startswith("the row cannot be read: Exceeds the limit")
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 10**400}
+    with pytest.raises(RefusedRows, match="margin must be a number that a float can hold"):
+        quiet([pair], words)
+
+
 def test_refused_rows_of_a_dataset(words: Any) -> None:
     rows = [GOOD, GOOD | {"completion": None}, GOOD | {"completion": "", "label": None}]
     got = quiet(Dataset.from_list(rows), words, on_bad="report")
     assert got.refused == ((1, "completion is null"), (2, "label is null"))
     with pytest.raises(
         RefusedRows,
-        match=r"3 of 3 .* rows 0, 2: label must be true or false, got int 0; row 1: label must be .* int 1$",
+        match=r"3 of 3 .* rows 0, 2: label must be true or false, got int 2; row 1: label must be .* int 3$",
     ):
-        quiet(Dataset.from_dict({"prompt": ["a"] * 3, "completion": ["b"] * 3, "label": [0, 1, 0]}), words)
+        quiet(Dataset.from_dict({"prompt": ["a"] * 3, "completion": ["b"] * 3, "label": [2, 3, 2]}), words)
     dataset = Dataset.from_dict({"prompt": ["a"], "completion": ["b"], "reward": ["high"]})
     with pytest.raises(RefusedRows, match=r"reward must be a number, got str 'high'$"):
         quiet(dataset, words, on_bad="report")
@@ -115,13 +166,19 @@ def test_refused_pairs(words: Any) -> None:
     rows = [
         {"chosen": "ab", "rejected": "ab"},
         {"chosen": "ab", "rejected": "cd"},
-        {"chosen": "x", "rejected": "xy"},
         {"chosen": user("a") + assistant("b"), "rejected": user("c") + assistant("b")},
+        {"chosen": user("a") + assistant("b"), "rejected": user("a") + assistant("b") + user("c")},
         {"chosen": "a b", "rejected": "a c"},
     ]
+    nothing = (
+        "chosen and rejected share no beginning that could be their prompt; where a column holds it, name that with "
+        "columns={'prompt': ...}"
+    )
     assert quiet(rows, words, on_bad="report").refused == (
         (0, "chosen and rejected are the same, so that there is no telling where their prompt ends"),
-        *((row, "chosen and rejected share no beginning that could be their prompt") for row in (1, 2, 3)),
+        (1, nothing),
+        (2, nothing),
+        (3, "chosen is the beginning of rejected, so that no message of it would be scored"),
     )
 
 
@@ -132,6 +189,7 @@ def test_many_refused_rows_are_grouped(words: Any) -> None:
     message = str(caught.value)
     assert f"rows {', '.join(map(str, range(SHOWN)))} and 5 more: completion is empty" in message
     assert "and 3 more reasons" in message
+    assert len(message) <= 2000
     assert [row for row, _ in caught.value.refused] == list(range(2 * SHOWN + 7))
 
 
@@ -139,9 +197,9 @@ def test_many_refused_rows_are_grouped(words: Any) -> None:
     ("rows", "options", "message"),
     [
         (
-            [{"text": "a"}],
+            [{"body": "a"}],
             {},
-            r"the columns text make none of the formats: chosen, rejected \(preference\); ",
+            r"the columns body make none of the formats: chosen, rejected \(preference\); ",
         ),
         ([{"text": "a"}], {"format": "sft"}, "format 'sft' needs the column prompt; the columns are text"),
         ([GOOD | {"reward": 1.0}], {}, "make several formats; pass format='unpaired' or 'rewarded'"),
@@ -158,7 +216,13 @@ def test_many_refused_rows_are_grouped(words: Any) -> None:
         ({"train": Dataset.from_list([GOOD])}, {}, "must be one set of rows, got dict with train"),
         (datasets.DatasetDict(train=Dataset.from_list([GOOD])), {}, "must be one set of rows, got DatasetDict with tr"),
         (5, {}, "dataset must be a datasets.Dataset or IterableDataset, a path .* got int"),
-        (Dataset.from_list([GOOD]).with_transform(lambda batch: batch), {}, "has a transform"),
+        ([7, GOOD["prompt"]], {}, "no row can be read: row 0: a row must be an object with named fields, got int"),
+        ([GOOD], {"truncation_mode": "keep_middle"}, "truncation_mode must be one of 'keep_start', 'keep_end'"),
+        (
+            [{"messages": user("a")}],
+            {"format": "unpaired"},
+            r"needs the column prompt; .*last answer .* split off: rows",
+        ),
     ],
 )
 def test_arguments(words: Any, rows: Any, options: Any, message: str) -> None:
@@ -170,8 +234,18 @@ def test_files(words: Any, tmp_path: Path) -> None:
     for name, content, message in (
         ("rows.csv", b"a", r"must end with \.parquet, \.jsonl or \.ndjson or \.json, got rows\.csv"),
         ("rows.parquet", b"not parquet", r"rows\.parquet cannot be read: "),
-        ("rows.jsonl", b'{"prompt": "\xff"}', r"rows\.jsonl cannot be read: UnicodeDecodeError"),
-        ("rows.json", b'[{"prompt": "a"}]', "begins with a JSON array; JSON lines have one object on each line"),
+        (
+            "rows.jsonl",
+            b'{"prompt": "\xff"}',
+            r"no row can be read: line 1: the line holds the byte 0xff, which is not",
+        ),
+        (
+            "rows.json",
+            b'[{"prompt": "a"}',
+            r"rows\.json begins as a JSON array and is none: Expecting ',' delimiter: l",
+        ),
+        ("two.json", b"[1]\n[2]", r"two\.json begins as a JSON array and is none: Extra data: line 2 column 1"),
+        ("byte.json", b'[\n{"prompt":\n"a\xe9b"}]', r"line 3 of .*byte\.json holds the byte 0xe9, which is not UTF-8"),
     ):
         path = tmp_path / name
         path.write_bytes(content)
@@ -179,5 +253,7 @@ def test_files(words: Any, tmp_path: Path) -> None:
             quiet(path, words)
     with pytest.raises(ValueError, match=r"there is no file .*nowhere"):
         quiet("nowhere.jsonl", words)
+    with pytest.raises(ValueError, match=r"no file org/name; .* datasets\.load_dataset\('org/name', split='train'\)"):
+        quiet("org/name", words)
     with pytest.raises(TypeError, match="tokenizer must be a transformers tokenizer, got str"):
         quiet([GOOD], "gpt2")

@@ -140,6 +140,33 @@ def test_supervised(kind: str, max_length: int | None) -> None:
     assert (got.cut > 0) == (max_length is not None)
 
 
+@pytest.mark.parametrize("max_length", [None, 48])
+@pytest.mark.parametrize("name", NAMES)
+def test_language_modelling(name: str, max_length: int | None) -> None:
+    """Text and conversations of which every token is scored; TRL's labels are the ids where there are none."""
+    words = tokenizer(name)
+    for kind, column in (("text", "text"), ("chat", "messages")):
+        rows = [{column: row["prompt"] + row["chosen"]} for row in pairs(kind)]
+        got = prepare(rows, words, max_length=max_length, progress=False)
+        expected = by_trl(trl.SFTTrainer, rows, words, max_length=max_length)
+        assert got.format == column
+        assert got.dataset["input_ids"][:] == got.dataset["labels"][:] == expected["input_ids"][:]
+
+
+@pytest.mark.parametrize("max_length", [24, 48])
+def test_the_end_is_kept_as_in_trl(max_length: int) -> None:
+    words, rows = tokenizer("SmolLM2"), pairs("chat")
+    options = {"max_length": max_length, "truncation_mode": "keep_end"}
+    got = prepare(rows, words, progress=False, **options)
+    expected = by_trl(trl.DPOTrainer, rows, words, **options)
+    theirs = trl.trainer.dpo_trainer.DataCollatorForPreference(0, **options)
+    batches = [theirs(list(made)) for made in (got.dataset, expected)]
+    assert all(batches[0][key].equal(batches[1][key]) for key in batches[1])
+    assert got.cut > 0
+    shorter = prepare(rows, words, progress=False, **options).dataset
+    assert max(map(len, shorter["prompt_ids"])) < max(map(len, expected["prompt_ids"]))
+
+
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_judged_completions_are_tokenised_like_unpaired_ones(kind: str) -> None:
     words = tokenizer("SmolLM2")

@@ -200,3 +200,13 @@ def test_trl_s_own_are_instances() -> None:
         assert not isinstance(theirs, mine)
     assert not isinstance(dpo_trainer.DataCollatorForPreference(0), ours.RewardDataCollatorForPreference)
     assert not isinstance(ours.DataCollatorForPreference(0), ours.DataCollatorForLanguageModeling)
+
+
+def test_margins_that_begin_in_a_later_row_are_missed() -> None:
+    """TRL's collator looks for them in the first row and would train without."""
+    rows = [{"chosen_ids": [1], "rejected_ids": [2]}, {"chosen_ids": [1], "rejected_ids": [2], "margin": 0.5}]
+    with pytest.raises(ValueError, match=r"rows\[0\] must have the keys .*; margin is missing"):
+        ours.RewardDataCollatorForPreference(0)(rows)
+    rows[0]["margin"] = 10**400
+    with pytest.raises(ValueError, match=r"margin\[0\] must be a number that a float can hold"):
+        ours.RewardDataCollatorForPreference(0)(rows)

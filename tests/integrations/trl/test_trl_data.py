@@ -6,11 +6,11 @@ import pytest
 import tiny_trl as tiny
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from trl.trainer import dpo_trainer, kto_trainer, reward_trainer, sft_trainer
 from trl.trainer import utils as trl_utils
 
-from prefkern.data import ArrowRows, prepare
+from prefkern.data import ArrowRows, collate_pairs, prepare
 from prefkern.integrations.trl import collators
 from prefkern.integrations.trl.patching import patch, unpatch
 
@@ -234,11 +234,36 @@ def test_datasets_in_torch_s_format_train_the_same(kind: str, tmp_path: Path, mo
         with patch(collators=True):
             results.append([line["loss"] for line in tiny.run(kind, tmp_path, start, per_device_train_batch_size=5)])
     assert results[0] == results[1]
-    rows = [made.with_format("torch")[row] for row in range(3)]
-    collator = {"dpo": (dpo_trainer, 0), "kto": (kto_trainer, 1), "sft": (sft_trainer, 3)}[kind]
-    ours = list(NAMES.values())[collator[1]](0)
-    expected, got = ours([made[row] for row in range(3)]), ours(rows)
+    ours = {"dpo": collators.DataCollatorForPreference, "kto": collators.DataCollatorForUnpairedPreference}
+    collator = ours.get(kind, collators.DataCollatorForLanguageModeling)(0)
+    expected, got = (collator([rows[row] for row in range(3)]) for rows in (made, made.with_format("torch")))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("cut", "kept"), [("keep_start", "keep_end"), ("keep_end", "keep_start")])
+def test_rows_that_lost_one_end_are_not_cut_to_keep_it(cut: str, kept: str, tmp_path: Path) -> None:
+    """TRL would keep the wrong tokens without a word."""
+    options = {"max_length": 8, "truncation_mode": cut}
+    texts = tiny.dataset("dpo")
+    made = prepare(texts, tiny.tokenizer(), on_bad="report", progress=False, **options)
+    assert made.cut > 0
+    message = (
+        f"truncation_mode='{kept}' would cut rows that prefkern.data.prepare has cut already, with max_length=8 and "
+        f"truncation_mode='{cut}': prepare them with truncation_mode='{kept}'"
+    )
+    dataset = made.dataset.shuffle(seed=0)
+    dataset.save_to_disk(tmp_path / "rows")
+    for rows in (dataset, dataset.select(range(3)), load_from_disk(tmp_path / "rows")):
+        with patch(collators=True), pytest.raises(ValueError, match=message):
+            trainer_on(rows, tmp_path, max_length=8, truncation_mode=kept)
+        with pytest.raises(ValueError, match=f"prefkern.data.collate_pairs: {message}"):
+            collate_pairs(ArrowRows(rows).__getitems__([0, 1]), pad_token_id=0, max_length=8, truncation_mode=kept)
+        with patch(collators=True):
+            trainer_on(rows, tmp_path, **options)
+        collate_pairs(ArrowRows(rows).__getitems__([0, 1]), pad_token_id=0, **options)
+    whole = prepare(texts, tiny.tokenizer(), max_length=50, progress=False).dataset
+    with patch(collators=True):
+        trainer_on(whole, tmp_path, max_length=8, truncation_mode="keep_end")
 
 
 def test_a_reward_model_does_not_train_without_prompts(tmp_path: Path) -> None:

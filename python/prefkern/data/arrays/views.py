@@ -138,16 +138,17 @@ def indices(where: str, name: str, value: Any) -> Array:
 def floats(where: str, name: str, array: Array) -> Array:
     """Contiguous float32 or float64."""
     if array.dtype not in _FLOATS:
-        check.fail_type(where, f"{name} must be float32 or float64, got {describe(array)}")
+        convert = "; convert it first: a list of ints is read as float64" if array.dtype.kind in "iu" else ""
+        check.fail_type(where, f"{name} must be float32 or float64, got {describe(array)}{convert}")
     return packed(array)
 
 
 def flags(where: str, name: str, array: Array) -> Array:
-    """bool, or integers 0 and 1, as contiguous uint8."""
+    """bool, or numbers 0 and 1, as contiguous uint8."""
     if array.dtype.char == "?":
         return packed(array).view(np.uint8)
-    if array.dtype.kind not in "iu":
-        check.fail_type(where, f"{name} must be bool or integers 0 and 1, got {describe(array)}")
+    if array.dtype.kind not in "iuf":
+        check.fail_type(where, f"{name} must be bool or numbers 0 and 1, got {describe(array)}")
     wrong = (array != 0) & (array != 1)
     if wrong.any():
         at = tuple(int(index) for index in np.argwhere(wrong)[0])

@@ -8,7 +8,7 @@ import torch
 from prefkern import check
 from prefkern.data.arrays.columns import ids
 from prefkern.data.arrays.ragged import is_column
-from prefkern.data.arrays.views import Array, core, describe, is_arrow, packed, threads, view
+from prefkern.data.arrays.views import Array, core, describe, flags, is_arrow, packed, threads, view
 from prefkern.data.batches.sequences import fresh
 from prefkern.data.types import Flat
 
@@ -18,7 +18,7 @@ WHERE = "data.flatten"
 def flatten(input_ids: Any, mask: Any = None) -> Flat:
     """The tokens of all rows behind each other, with what a padding-free model needs to keep the rows apart.
 
-    ``input_ids``: integers ``[B, T]`` (a numpy array or a torch CPU tensor) with ``mask [B, T]``, bool or 0/1 integers,
+    ``input_ids``: integers ``[B, T]`` (a numpy array or a torch CPU tensor) with ``mask [B, T]``, bool or 0/1,
     1 at tokens and 0 at padding, wherever it is; or, without ``mask``, rows of any lengths: a list of lists, arrays or
     tensors, or an Arrow list array (whole, sliced or chunked).
 
@@ -50,8 +50,10 @@ def flatten(input_ids: Any, mask: Any = None) -> Flat:
     if tokens.dtype.kind not in "iu" or not np.can_cast(tokens.dtype, np.int64):
         check.fail_type(WHERE, f"input_ids must hold integers that fit int64, got {describe(tokens)}")
     kept = _padded("mask", torch.as_tensor(mask) if is_column(mask) else mask)
-    if kept.dtype.kind not in "biu":
-        check.fail_type(WHERE, f"mask must be bool or integers 0 and 1, got {describe(kept)}")
+    if kept.dtype.kind == "f":
+        kept = flags(WHERE, "mask", kept)
+    elif kept.dtype.kind not in "biu":
+        check.fail_type(WHERE, f"mask must be bool or numbers 0 and 1, got {describe(kept)}")
     if kept.shape != tokens.shape:
         check.fail(WHERE, f"input_ids and mask must have the same shape, got {tokens.shape} and {kept.shape}")
     kept = packed(kept.view(np.uint8) if kept.dtype == np.bool_ else kept.astype(np.int64, copy=False))

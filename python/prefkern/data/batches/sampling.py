@@ -49,16 +49,17 @@ def token_batches(
     best-fit decreasing, and at every step the ranks' batches cost about the same. Within an epoch every row is in
     exactly one batch of one rank, and all ranks have the same number of batches; a batch is split where that takes it.
 
-    Iterating yields int64 numpy arrays of indices: those of ``rank``, or with None those of all ranks by turns, as
-    Accelerate deals them out. Each complete pass is an epoch with a shuffle of its own, from ``seed`` and ``epoch``
-    alone and on every machine the same; ``set_epoch`` sets it. ``len`` is the number of batches of the present epoch.
+    Iterating yields lists of indices, as torch's samplers do: those of ``rank``, or with None those of all ranks by
+    turns, as Accelerate deals them out. Each complete pass is an epoch with a shuffle of its own, from ``seed`` and
+    ``epoch`` alone and on every machine the same; ``set_epoch`` sets it. ``len`` is the number of batches of the
+    present epoch.
 
     ``state_dict()`` says where iteration stands and ``load_state_dict`` continues there; workers of a DataLoader are
     ahead of the training: ``state_dict(done)`` takes the number of this epoch's batches that were trained on::
 
         >>> batches = token_batches([5, 3, 9, 2, 4], budget=10)
         >>> for batch in batches:
-        ...     print(batch.tolist())
+        ...     print(batch)
         [2]
         [1, 3]
         [0, 4]
@@ -69,7 +70,7 @@ def token_batches(
     return TokenBatches(lengths, budget, ranks, seed, rank=rank, padded=padded)
 
 
-class TokenBatches(torch.utils.data.Sampler[Indices]):
+class TokenBatches(torch.utils.data.Sampler[list[int]]):
     """What `token_batches` returns."""
 
     def __init__(self, lengths: Any, budget: int, ranks: int, seed: int, *, rank: int | None, padded: bool) -> None:
@@ -86,7 +87,7 @@ class TokenBatches(torch.utils.data.Sampler[Indices]):
         self._plan: tuple[int, Array, Array] | None = None
         self._batches()
 
-    def __iter__(self) -> Iterator[Indices]:
+    def __iter__(self) -> Iterator[list[int]]:
         begin, self._begin = self._begin, 0
         order, offsets = self._batches()
         step = 1 if self.rank is None else self.ranks
@@ -96,7 +97,8 @@ class TokenBatches(torch.utils.data.Sampler[Indices]):
             self._done = done
             if done == len(mine):
                 self.epoch, self._done = epoch + 1, 0
-            yield order[offsets[batch] : offsets[batch + 1]].copy()
+            indices: list[int] = order[offsets[batch] : offsets[batch + 1]].tolist()
+            yield indices
 
     def __len__(self) -> int:
         count = len(self._batches()[1]) - 1

@@ -153,7 +153,7 @@ def _options(
     prompt = ("prompt",) if known.prompt != "none" else ()
     wanted = dict.fromkeys((*prompt, *known.required, *known.optional, *TEMPLATE, *MEDIA))
     names = {name: names[name] for name in wanted if name in names}
-    return Options(found, names, join_prompt, add_eos, truncation, rows.structs())
+    return Options(found, names, join_prompt, add_eos, truncation, rows.structs)
 
 
 def _map(rows: Source, tokenize: Tokenize, batch_size: int, num_proc: int | None) -> Any:

@@ -14,11 +14,14 @@ BLANK = ""
 """In place of a reason: the line of a file was blank, and no row."""
 NOT_UTF8 = "\x1a"
 """In a line, before the two digits of a byte that is not UTF-8; JSON has no such letter."""
+BYTE_ORDER = "\ufeff"
+"""What some programs put before the first line of a file."""
 _AT_ONCE = 1000
 
 
 def parse(line: str) -> dict[str, Any] | str:
     """A line of JSON as a row, or the reason why it is none."""
+    line = line.removeprefix(BYTE_ORDER)
     if not line.strip():
         return BLANK
     at = line.find(NOT_UTF8)

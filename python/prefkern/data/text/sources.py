@@ -1,6 +1,7 @@
 """Where rows come from, as a ``datasets.Dataset``: itself, a file, or Python objects written to disk as JSON."""
 
 import codecs
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from prefkern import check
 from prefkern.data.text.formats import MEDIA
-from prefkern.data.text.rows import JSON, NOT_UTF8, keys_of, parse, stored
+from prefkern.data.text.rows import BYTE_ORDER, JSON, NOT_UTF8, keys_of, parse, stored
 
 LINES = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -17,15 +18,13 @@ _LOOKED_AT = 100
 
 
 class Source(NamedTuple):
-    """``dataset`` has the ``columns``, or one column of JSON objects with these keys. ``lines``: rows are a file's."""
+    """``dataset`` has the ``columns``, or one column of JSON objects with these keys. ``lines``: rows are a file's.
+    ``structs``: columns in which a null may be one that Arrow filled in."""
 
     dataset: Any
     columns: list[str]
-    lines: bool
-
-    def structs(self) -> frozenset[str]:
-        """Columns in which a null may be one that Arrow filled in, as it does not where a feature is of JSON."""
-        return frozenset(name for name, kind in self._features().items() if "Json(" not in repr(kind))
+    lines: bool = False
+    structs: frozenset[str] = frozenset()
 
     def media(self) -> dict[str, str]:
         """Columns of images, videos or sounds, and which of them."""
@@ -54,7 +53,7 @@ def _source(where: str, given: Any, cache_dir: Path | None, num_proc: int | None
     if isinstance(given, str | os.PathLike):
         return _file(where, datasets, Path(given).expanduser(), cache_dir, num_proc)
     if isinstance(given, datasets.Dataset) and given.format["type"] != "custom":
-        return Source(given.with_format(None), list(given.column_names), lines=False)
+        return _of_arrow(given.with_format(None))
     if isinstance(given, Mapping):  # datasets.DatasetDict is one
         check.fail_type(
             where, f"dataset must be one set of rows, got {type(given).__name__} with {', '.join(map(str, given))}"
@@ -66,7 +65,23 @@ def _source(where: str, given: Any, cache_dir: Path | None, num_proc: int | None
             "dataset must be a datasets.Dataset or IterableDataset, a path to JSON or Parquet, or a list of "
             f"dicts, got {type(given).__name__}",
         )
-    return Source(*stored(datasets, given, cache_dir), lines=False)
+    made, columns = stored(datasets, given, cache_dir)
+    # streamed from Arrow or Parquet, or from tables that a builder made of JSON
+    tables = getattr(getattr(given, "_ex_iterable", None), "iter_arrow", None)
+    features = getattr(given, "features", None) if isinstance(given, datasets.IterableDataset) else None
+    filled = tables is not None or features is not None
+    return Source(made, columns, structs=_structs(features, columns) if filled else frozenset())
+
+
+def _of_arrow(dataset: Any) -> Source:
+    columns = list(dataset.column_names)
+    return Source(dataset, columns, structs=_structs(dataset.features, columns))
+
+
+def _structs(features: Mapping[str, Any] | None, columns: list[str]) -> frozenset[str]:
+    """Those whose type is not JSON, which Arrow holds as it is."""
+    kinds = features or {}
+    return frozenset(name for name in columns if "Json(" not in repr(kinds.get(name)))
 
 
 def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None, num_proc: int | None) -> Source:
@@ -84,7 +99,7 @@ def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None, num_pro
     if kind != ".parquet":
         codecs.register_error(_DECODING, _undecoded)
         columns = datasets.Features({JSON: datasets.Value("large_string")})
-        options = {"features": columns, "encoding": "utf-8-sig", "encoding_errors": _DECODING}
+        options = {"features": columns, "encoding": "utf-8", "encoding_errors": _DECODING}
     builder = "parquet" if kind == ".parquet" else "text"
     try:
         dataset = datasets.load_dataset(
@@ -92,11 +107,14 @@ def _file(where: str, datasets: Any, path: Path, cache_dir: Path | None, num_pro
         )
     except Exception as error:  # the builders wrap what Arrow, the codec or the file system raised
         cause = error.__cause__ or error
+        if isinstance(cause, UnicodeDecodeError):  # of a compressed file, which is opened without these options
+            byte, line = cause.object[cause.start], _line_of_bad_byte(path)
+            check.fail(where, f"line {line} of {path} holds the byte 0x{byte:02x}, which is not UTF-8")
         raise ValueError(f"prefkern.{where}: {path} cannot be read: {type(cause).__name__}: {cause}") from error
     if kind == ".parquet":
-        return Source(dataset, list(dataset.column_names), lines=False)
+        return _of_arrow(dataset)
     if _is_array(dataset):
-        return Source(*stored(datasets, _array(where, path, dataset), cache_dir), lines=False)
+        return Source(*stored(datasets, _array(where, path, dataset), cache_dir))
     return Source(dataset, keys_of(datasets, dataset, num_proc), lines=True)
 
 
@@ -110,15 +128,29 @@ def _undecoded(error: UnicodeError) -> tuple[str, int]:
     return "".join(f"{NOT_UTF8}{byte:02x}" for byte in error.object[error.start : error.end]), error.end
 
 
+def _line_of_bad_byte(path: Path) -> int | str:
+    import lzma
+
+    import pyarrow as pa
+
+    with lzma.open(path) if path.suffix == ".xz" else io.BufferedReader(pa.input_stream(str(path))) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return "a"
+
+
 def _is_array(dataset: Any) -> bool:
     """Whether the first letter of a file begins a JSON array."""
-    begins = (line.lstrip()[:1] for batch in dataset.iter(100) for line in batch[JSON])
+    begins = (line.removeprefix(BYTE_ORDER).lstrip()[:1] for batch in dataset.iter(100) for line in batch[JSON])
     return next((letter for letter in begins if letter), "") == "["
 
 
 def _array(where: str, path: Path, dataset: Any) -> list[Any]:
     """The rows of a file that is one JSON array, as most demonstrations of chat data are. It is read whole."""
-    text = "\n".join(dataset[:][JSON])
+    text = "\n".join(dataset[:][JSON]).removeprefix(BYTE_ORDER)
     at = text.find(NOT_UTF8)
     if at >= 0:
         byte, line = text[at + 1 : at + 3], text.count("\n", 0, at) + 1

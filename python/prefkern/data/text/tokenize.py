@@ -95,16 +95,15 @@ class Tokenize:
         return columns
 
     def _rows(self, batch: Mapping[str, Sequence[Any]]) -> Iterator[Any]:
-        if JSON in batch:
-            yield from map(parse, batch[JSON])
-            return
-        given = {column: name for name, column in self.options.names.items()}
+        rows = map(parse, batch[JSON]) if JSON in batch else _of_columns(batch)
+        given = {column: name for name, column in self.options.names.items() if column in self.options.structs}
         # a message's own content may be null, beside a call of tools
-        kept = [() if given[column] in TEMPLATE else ("content",) for column in batch]
-        structs = [column in self.options.structs for column in batch]
-        for row in zip(*batch.values(), strict=True):
-            values = (without_nulls(*x) if struct else x[0] for struct, *x in zip(structs, row, kept, strict=True))
-            yield dict(zip(batch, values, strict=True))
+        kept = {column: () if name in TEMPLATE else ("content",) for column, name in given.items()}
+        for row in rows:
+            if isinstance(row, str) or not kept:
+                yield row
+            else:
+                yield row | {column: without_nulls(row[column], kept[column]) for column in kept.keys() & row.keys()}
 
     def _render(self, row: Any) -> Rendered | str:
         """The row's strings, or the reason why there are none."""
@@ -209,6 +208,10 @@ def output_columns(options: Options) -> dict[str, str]:
         columns[options.known.flag] = "bool"
     counts = dict.fromkeys((MERGED, REWORDED, CUT), "int32") | dict.fromkeys((CHAT, SHARED), "bool")
     return columns | {ROW: "int64", REFUSED: "string"} | counts
+
+
+def _of_columns(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def _refuse_surrogates(strings: list[str]) -> None:

@@ -15,6 +15,7 @@ from prefkern.losses.preference import PAIR_LOSSES, Pairs
 
 R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
 OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
+LEADS = torch.tensor([0.5, 0.1, 0.2])
 REF = OTHER.flip(0).exp()  # its pairs differ from each other, and the first chosen row has the least log-ratio
 LABELS = torch.tensor([True, False, True, True, False, False])
 
@@ -52,6 +53,8 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "kto.kto_kl": lambda lp: call(
         "kto.kto", (lp - OTHER).sum(1), LABELS, call("kto.kto_kl", lp.sum(1), OTHER.sum(1) - 9.0), KTO(0.3)
     ),
+    "reward_model.bradley_terry": lambda lp: call("reward_model.bradley_terry", *lp.sum(1).chunk(2), LEADS, 0.1),
+    "weighted.score_weighted": lambda lp: call("weighted.score_weighted", lp.sum(1), OTHER.sum(1), 0.3),
     "orpo.odds_ratio": lambda lp: call("orpo.odds_ratio", *lp.mean(1).chunk(2)),
     "cross_entropy.negative_log_likelihood": lambda lp: call("cross_entropy.negative_log_likelihood", lp, None, OTHER),
     "policy.clipped_policy": lambda lp: call(
@@ -60,6 +63,12 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "policy.kl_penalty": lambda lp: call("policy.kl_penalty", lp, OTHER, "k3"),
     "distillation.topk_divergence": lambda lp: call(
         "distillation.topk_divergence",
+        torch.stack([lp - 1.0, lp - 2.0], -1),
+        torch.stack([OTHER, OTHER - 1.0], -1) - 3.0,
+        True,
+    ),
+    "distillation.reverse_topk_divergence": lambda lp: call(
+        "distillation.reverse_topk_divergence",
         torch.stack([lp - 1.0, lp - 2.0], -1),
         torch.stack([OTHER, OTHER - 1.0], -1) - 3.0,
         True,

@@ -16,6 +16,7 @@ type checkers, to which a NamedTuple cannot be unpacked; a test compares the two
 import difflib
 import inspect
 import math
+from collections import namedtuple
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, overload
 
@@ -98,6 +99,24 @@ def takes(*kinds: type[Any], omit: Collection[str] = ()) -> Callable[[Function],
         return function
 
     return mark
+
+
+def joined(name: str, module: str, *kinds: type[Any]) -> type[Any]:
+    """Returns one class with the options of several, checked as each of them is, for what keeps them as one object;
+    bound to ``name`` in ``module``, so that it can be pickled."""
+    hints = {key: hint for kind in kinds for key, hint in get_type_hints(kind, include_extras=True).items()}
+    defaults = [kind._field_defaults[key] for kind in kinds for key in kind._fields]
+
+    def check_each(self: Any, where: str) -> None:
+        for kind in kinds:
+            if hasattr(kind, "check"):
+                kind(*(getattr(self, key) for key in kind._fields)).check(where)
+
+    make: Any = namedtuple  # called as what it is, a type checker asks for its names in writing
+    made: Any = make(name, list(hints), defaults=defaults, module=module)
+    made.__annotations__, made.check = hints, check_each
+    takes(made)
+    return made  # type: ignore[no-any-return]
 
 
 def fields(kind: type[Any]) -> list[tuple[str, Any, Any]]:

@@ -64,6 +64,12 @@ CASES = [
     ({"lora": (torch.zeros(2, 8).int(), torch.zeros(10, 2), 1.0)}, TypeError, "lora A must be float16"),
     ({"vocab_mask": torch.ones(9)}, ValueError, r"vocab_mask must have shape \(10,\)"),
     ({"vocab_mask": torch.full((10,), 0.5)}, ValueError, "vocab_mask must hold only 0 and 1"),
+    (
+        {"vocab_mask": torch.arange(10) % 3 != 2, "targets": torch.tensor([1, 2, -100, 5])},
+        ValueError,
+        "vocab_mask excludes 2 of 3 scored targets, token 2 first, whose log-probability would be -inf: allow them, "
+        "or give them ignore_index=-100",
+    ),
     ({"group": object()}, ValueError, "group is not supported by this version"),
 ]
 

@@ -18,6 +18,7 @@ from prefkern.losses.surrogates import Tokens
 
 R, T = 6, 3  # rows (chosen 0..2, rejected 3..5) and positions
 OTHER = torch.linspace(-2.0, 1.0, R * T, dtype=torch.float64).view(R, T).flip(1)
+LEADS = torch.tensor([0.5, 0.1, 0.2])
 REF = OTHER.flip(0).exp()  # its pairs differ from each other, and the first chosen row has the least log-ratio
 LABELS = torch.tensor([True, False, True, True, False, False])
 
@@ -69,6 +70,8 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "kto.kto_kl": lambda lp: call(
         "kto.kto", (lp - OTHER).sum(1), LABELS, call("kto.kto_kl", lp.sum(1), OTHER.sum(1) - 9.0), KTO(0.3)
     ),
+    "reward_model.bradley_terry": lambda lp: call("reward_model.bradley_terry", *lp.sum(1).chunk(2), LEADS, 0.1),
+    "weighted.score_weighted": lambda lp: call("weighted.score_weighted", lp.sum(1), OTHER.sum(1), 0.3),
     "orpo.odds_ratio": lambda lp: call("orpo.odds_ratio", *lp.mean(1).chunk(2)),
     "cross_entropy.negative_log_likelihood": lambda lp: call("cross_entropy.negative_log_likelihood", lp, None, OTHER),
     "ratios.sequence_log_ratio": lambda lp: call("ratios.sequence_log_ratio", lp, OTHER, None, None, "sequence").exp(),
@@ -81,6 +84,12 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
         True,
     ),
     "value.clipped_value": lambda lp: call("value.clipped_value", lp, OTHER, OTHER.flip(0), 9.0),
+    "distillation.reverse_topk_divergence": lambda lp: call(
+        "distillation.reverse_topk_divergence",
+        torch.stack([lp - 1.0, lp - 2.0], -1),
+        torch.stack([OTHER, OTHER - 1.0], -1) - 3.0,
+        True,
+    ),
 }
 
 GROUPS = {

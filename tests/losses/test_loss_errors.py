@@ -8,6 +8,7 @@ import torch
 from prefkern import losses
 from prefkern.losses.preference import PAIR_LOSSES
 
+NAN = float("nan")
 X, Y, INT = -torch.rand(4), -torch.rand(3), torch.zeros(4, dtype=torch.long)
 GRID, META = -torch.rand(4, 3), torch.zeros(4, device="meta")
 IDS = torch.zeros(4, 3, dtype=torch.long)
@@ -50,6 +51,79 @@ CALLS = [
         ValueError,
         f"dpo_loss: label_smoothing is for loss_type={SMOOTHED}; 'hinge' has none, got 0.1",
     ),
+    (
+        lambda: DPO(X, loss_type=[]),
+        ValueError,
+        "dpo_loss: loss_type must name at least one loss of 'sigmoid' or 'hinge' or 'ipo' or",
+    ),
+    (lambda: DPO(X, loss_type=["sigmoid", "bogus"]), ValueError, "dpo_loss: loss_type must be one of .*, got 'bogus'"),
+    (lambda: DPO(X, loss_type=None), ValueError, "dpo_loss: loss_type must be one of .*, got None"),
+    (
+        lambda: DPO(X, loss_type="exo_pair"),
+        ValueError,
+        r"dpo_loss: loss_type='exo_pair' needs a label_smoothing in \(0\.0, 0\.5\), for example 1e-3, got 0\.0",
+    ),
+    (
+        lambda: DPO(X, loss_type=["hinge", "ipo"], label_smoothing=0.1),
+        ValueError,
+        "dpo_loss: label_smoothing is for loss_type=.*; 'hinge' and 'ipo' has none, got 0.1",
+    ),
+    (
+        lambda: DPO(X, loss_weights=[1.0, 2.0]),
+        ValueError,
+        "dpo_loss: loss_weights must have one weight for each loss_type, 1 for 'sigmoid', got 2",
+    ),
+    (
+        lambda: DPO(X, loss_type=["sigmoid", "hinge"], loss_weights=[1.0]),
+        ValueError,
+        "dpo_loss: loss_weights must have one weight for each loss_type, 2 for 'sigmoid' and 'hinge', got 1",
+    ),
+    (lambda: DPO(X, loss_weights=2.0), TypeError, "dpo_loss: loss_weights must be a list of numbers, got float 2.0"),
+    (lambda: DPO(X, loss_weights=[NAN]), ValueError, "dpo_loss: loss_weights must be a finite number"),
+    (
+        lambda: DPO(X, loss_type="nca_pair", f_divergence_type="js"),
+        ValueError,
+        "dpo_loss: f_divergence_type='js' is for loss_type='sigmoid' or 'hinge' or .*; 'nca_pair' has no form under it",
+    ),
+    (lambda: DPO(X, f_divergence_type="kl"), ValueError, "dpo_loss: f_divergence_type must be one of 'reverse_kl', "),
+    (lambda: DPO(X, discopop_tau=1.5), ValueError, r"dpo_loss: discopop_tau must be .* in \(0\.0, 1\.0\], got 1\.5"),
+    (lambda: DPO(X, weights=X, loss_type="aot"), ValueError, "dpo_loss: weights are of pairs, which loss_type='aot'"),
+    (
+        lambda: DPO(X, margin=X, loss_type="bco_pair"),
+        ValueError,
+        "dpo_loss: margin is for loss_type='sigmoid' or .*; 'bco_pair' has none: leave it out",
+    ),
+    (lambda: DPO(X, margin=Y), ValueError, "dpo_loss: .*margin must have the same shape"),
+    (
+        lambda: DPO(X, loss_type="sft"),
+        ValueError,
+        r"dpo_loss: loss_type='sft' needs chosen_lengths \[B\], which pair_logps returns, or chosen_nll; got neither",
+    ),
+    (lambda: DPO(X, chosen_nll=Y), ValueError, r"dpo_loss: chosen_nll must be a scalar or \(4,\)"),
+    (
+        lambda: losses.dpo_loss(X, X, X, None),
+        TypeError,
+        r"dpo_loss: ref_rejected_logps must be a torch\.Tensor, got None",
+    ),
+    (
+        lambda: losses.cpo_loss(X, X, X, loss_type="simpo", cpo_alpha=1.0),
+        ValueError,
+        r"cpo_loss: loss_type='simpo' has no likelihood to weigh, got cpo_alpha=1\.0: leave it out, or take "
+        "loss_type='cpo_simpo'",
+    ),
+    (
+        lambda: losses.orpo_loss(X, -X, X),
+        ValueError,
+        "orpo_loss: rejected_avg_logps must hold log-probabilities, which are at most 0, got one of .*: negative "
+        "log-likelihoods have the other sign",
+    ),
+    (lambda: losses.orpo_loss(-X, X, X), ValueError, "orpo_loss: chosen_avg_logps must hold log-probabilities"),
+    (
+        lambda: losses.wpo_weights(GRID[:3], GRID[:3]),
+        ValueError,
+        "wpo_weights: pairs must come as 2B rows, .* got 3 rows",
+    ),
+    (lambda: losses.ref_kl_advantages(X, Y), ValueError, "ref_kl_advantages: logps and ref_logps must have the same"),
     (lambda: DPO(X, loss_type="ipo"), ValueError, "dpo_loss: loss_type='ipo' divides by chosen_lengths"),
     (lambda: DPO(X, chosen_lengths=Y), ValueError, r"dpo_loss: chosen_lengths must have shape \(4,\), got"),
     (lambda: DPO(X, weights=Y), ValueError, r"dpo_loss: .*weights must have the same shape"),

@@ -100,6 +100,19 @@ CASES = {
         lambda lp: OBJECTIVES["distillation.topk_divergence"](lp, TEACHER, True),
         (STUDENT,),
     ),
+    "distillation.reverse_topk_divergence": (
+        lambda lp: OBJECTIVES["distillation.reverse_topk_divergence"](lp, TEACHER, True),
+        (STUDENT,),
+    ),
+    "distillation.reverse_topk_divergence no tail": (
+        lambda lp: OBJECTIVES["distillation.reverse_topk_divergence"](lp, TEACHER, False),
+        (STUDENT,),
+    ),
+    "reward_model.bradley_terry": (
+        lambda c, r: OBJECTIVES["reward_model.bradley_terry"](c, r, rows(0.5, 0.0, 2.0, 1.0), 0.1),
+        (CHOSEN, REJECTED),
+    ),
+    "weighted.score_weighted": (lambda lp: OBJECTIVES["weighted.score_weighted"](lp, OLD, 0.3), (LP,)),
     "distillation.topk_divergence no tail": (
         lambda lp: OBJECTIVES["distillation.topk_divergence"](lp, TEACHER, False),
         (STUDENT,),

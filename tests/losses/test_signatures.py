@@ -33,7 +33,9 @@ def typed_dict(function: Callable[..., object]) -> type:
 
 
 LINEAR = [name for name in losses.__all__ if name.startswith("linear_")]
+WITH_REFERENCE = ["linear_dpo_loss", "linear_kl_guided_dpo_loss", "linear_kto_loss", "linear_ppo_loss"]
 TAKING = [linear_token_logprobs, linear_kl_divergence, losses.dpo_loss, losses.kto_loss, losses.orpo_loss]
+TAKING += [losses.reward_loss, losses.kl_guided_dpo_loss, losses.reward_regularized_loss, losses.score_weighted_loss]
 TAKING += [losses.cpo_loss, losses.ppo_loss, losses.value_loss, *(getattr(losses, name) for name in LINEAR)]
 
 
@@ -73,7 +75,7 @@ def test_linear_forms_take_every_option_of_the_head_and_of_their_loss(name) -> N
         assert shown[option] == parameters(loss)[option], option
 
 
-@pytest.mark.parametrize("name", ["linear_dpo_loss", "linear_kto_loss", "linear_ppo_loss"])
+@pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_linear_forms_with_a_reference_take_its_head(name) -> None:
     shown = parameters(getattr(losses, name))
     assert {"ref_logps", "ref_hidden", "ref_weight", *Reference._fields} <= set(shown)
@@ -92,6 +94,8 @@ def tensors() -> dict[str, Any]:
         "old_logps": -4.0 * torch.rand(R, T, generator=g),
         "advantages": torch.randn(R, T, generator=g),
         "is_desirable": torch.tensor([1, 0, 1, 0]),
+        "scores": torch.tensor([0.9, 0.1, 0.4, 0.7]),
+        "rewards": torch.tensor([0.9, 0.1, 0.4, 0.7]),
         "fn": lambda stats: stats.logps.sum(),
     }
 
@@ -99,9 +103,16 @@ def tensors() -> dict[str, Any]:
 def loss_of(name: str, **given: Any) -> torch.Tensor:
     function = getattr(losses, name)
     arguments = {key: tensors()[key] for key, p in parameters(function).items() if p.default is p.empty}
-    if name in ("linear_dpo_loss", "linear_kto_loss") and not any(key.startswith("ref_") for key in given):
-        arguments["ref_logps"] = torch.linspace(-9.0, -3.0, R)
+    if not any(key.startswith("ref_") for key in given):
+        arguments |= reference(name)
     return function(**{**arguments, **given}).loss
+
+
+def reference(name: str) -> dict[str, Any]:
+    """What a linear form cannot do without: log-probabilities of sequences, or of tokens."""
+    if name == "linear_kl_guided_dpo_loss":
+        return {"ref_logps": torch.linspace(-3.0, -1.0, R * T).view(R, T), "kl_estimator": "k2"}
+    return {"ref_logps": torch.linspace(-9.0, -3.0, R)} if name in ("linear_dpo_loss", "linear_kto_loss") else {}
 
 
 HEAD_VALUES = {
@@ -167,6 +178,8 @@ CHANGES: dict[str, dict[str, Change]] = {
         "discopop_tau": Change(0.5, {"loss_type": "discopop"}),
         "reduction": Change("sum"),
     },
+    "linear_reward_regularized_loss": {"reward_coef": Change(0.3), "reduction": Change("sum")},
+    "linear_score_weighted_loss": {"baseline": Change(0.3), "reduction": Change("sum")},
     "linear_kto_loss": {
         "beta": Change(0.3),
         "desirable_weight": Change(0.5),
@@ -202,6 +215,9 @@ CHANGES: dict[str, dict[str, Change]] = {
 }
 
 
+CHANGES["linear_kl_guided_dpo_loss"] = CHANGES["linear_dpo_loss"] | {"kl_coef": Change(0.3)}
+
+
 def test_every_option_of_every_loss_has_a_change() -> None:
     for name in LINEAR:
         loss = loss_behind(name)
@@ -219,8 +235,7 @@ def test_linear_form_passes_every_option_of_the_loss_on(name, option) -> None:
 @pytest.mark.parametrize("name", [name for name in LINEAR if name != "linear_loss"])
 def test_metrics_can_be_left_out(name) -> None:
     arguments = {key: tensors()[key] for key, p in parameters(getattr(losses, name)).items() if p.default is p.empty}
-    if name in ("linear_dpo_loss", "linear_kto_loss"):
-        arguments["ref_logps"] = torch.zeros(R)
+    arguments |= reference(name)
     assert getattr(losses, name)(**arguments, metrics=False).metrics == {}
     assert getattr(losses, name)(**arguments).metrics
 
@@ -268,7 +283,8 @@ def test_options_are_read_in_their_ranges() -> None:
 
 
 MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "KTOLoss": "kto_loss", "ORPOLoss": "orpo_loss"}
-MODULES["PPOLoss"] = "ppo_loss"
+MODULES |= {"PPOLoss": "ppo_loss", "RewardLoss": "reward_loss", "KLGuidedDPOLoss": "kl_guided_dpo_loss"}
+MODULES |= {"RewardRegularizedLoss": "reward_regularized_loss", "ScoreWeightedLoss": "score_weighted_loss"}
 
 
 def test_every_module_is_compared() -> None:
@@ -300,6 +316,12 @@ def test_modules_compute_their_loss() -> None:
     torch.testing.assert_close(losses.CPOLoss(0.3)(*x[:3]), losses.cpo_loss(*x[:3], beta=0.3))
     got = losses.PPOLoss(0.1, kl_coef=0.2)(*x[:3], ref_logps=x[3], normalizer=9)
     torch.testing.assert_close(got, losses.ppo_loss(*x[:3], cliprange=0.1, kl_coef=0.2, ref_logps=x[3], normalizer=9))
+    torch.testing.assert_close(losses.RewardLoss(0.3)(*x[:2]), losses.reward_loss(*x[:2], center_coefficient=0.3))
+    got = losses.KLGuidedDPOLoss(0.3, kl_coef=0.7, loss_type="hinge")(*x, x[0])
+    torch.testing.assert_close(got, losses.kl_guided_dpo_loss(*x, x[0], beta=0.3, kl_coef=0.7, loss_type="hinge"))
+    got = losses.RewardRegularizedLoss(0.3)(*x[:2])
+    torch.testing.assert_close(got, losses.reward_regularized_loss(*x[:2], reward_coef=0.3))
+    torch.testing.assert_close(losses.ScoreWeightedLoss(0.3)(*x[:2]), losses.score_weighted_loss(*x[:2], baseline=0.3))
     assert repr(losses.ORPOLoss(0.3)) == "ORPOLoss(beta=0.3, reduction='mean', metrics=True)"
 
 
@@ -311,8 +333,9 @@ def test_an_attribute_of_a_module_is_its_option(name) -> None:
     setattr(module, first, 0.7)
     assert getattr(module, first) == 0.7
     assert f"{first}=0.7" in repr(module)
-    with pytest.raises(ValueError, match=rf"^prefkern\.{name}: {first} must be a finite number in"):
-        setattr(module, first, -1.0)
+    for bad in (-math.inf,) if first == "baseline" else (-1.0, -math.inf):
+        with pytest.raises(ValueError, match=rf"^prefkern\.{name}: {first} must be a finite number in"):
+            setattr(module, first, bad)
     assert getattr(module, first) == 0.7
 
 

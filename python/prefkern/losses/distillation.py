@@ -26,8 +26,8 @@ def topk_divergence(logps: Tensor, teacher_logps: Tensor, tail: bool) -> Tensor:
     divergence = (t.exp() * (t - s)).sum(-1)
     if not tail:
         return divergence
-    remainder = (-torch.expm1(log_mass(teacher_logps, kept))).clamp(min=0.0)
-    return divergence - remainder * _log_remainders(logps, teacher_logps, kept)
+    t_mass, s_mass = log_mass(teacher_logps, kept), log_mass(logps, kept)
+    return divergence + remainder(t_mass) * (log_remainder(t_mass) - log_remainder(s_mass))
 
 
 @objective("token")
@@ -36,8 +36,7 @@ def reverse_topk_divergence(logps: Tensor, teacher_logps: Tensor, tail: bool) ->
 
     Entries whose teacher has -inf are not among the k: their mass is the student's remainder. A remainder that rounding
     leaves at or below 0 is 0 where it weighs, and half a rounding in its logarithm, without a gradient. The gradient
-    reaches the p too: ``p_s [(log p_s - log p_t) - (log r_s - log r_t)]``; without tail
-    ``p_s (log p_s - log p_t + 1)``.
+    is ``p_s [(log p_s - log p_t) - (log r_s - log r_t)]``, and without the tail ``p_s (log p_s - log p_t + 1)``.
     """
     teacher_logps = teacher_logps.detach()
     kept = teacher_logps != -torch.inf
@@ -46,17 +45,18 @@ def reverse_topk_divergence(logps: Tensor, teacher_logps: Tensor, tail: bool) ->
     divergence = (s.exp() * difference).sum(-1)
     if not tail:
         return divergence
-    return divergence + (-torch.expm1(log_mass(logps, kept))).clamp(min=0.0) * _log_remainders(
-        logps, teacher_logps, kept
-    )
+    s_mass, t_mass = log_mass(logps, kept), log_mass(teacher_logps, kept)
+    return divergence + remainder(s_mass) * (log_remainder(s_mass) - log_remainder(t_mass))
 
 
-def _log_remainders(logps: Tensor, teacher_logps: Tensor, kept: Tensor) -> Tensor:
-    """``log r_s - log r_t``, each at least that of half a rounding, without a gradient there."""
-    ceiling = -torch.finfo(logps.dtype).eps / 2
-    masses = log_mass(logps, kept), log_mass(teacher_logps, kept)
-    student, teacher = (log1mexp(mass.clamp(max=ceiling)) for mass in masses)
-    return student - teacher
+def remainder(mass: Tensor) -> Tensor:
+    """``1 - e^mass``, not below 0."""
+    return (-torch.expm1(mass)).clamp(min=0.0)
+
+
+def log_remainder(mass: Tensor) -> Tensor:
+    """``log(1 - e^mass)``, at least that of half a rounding, without a gradient there."""
+    return log1mexp(mass.clamp(max=-torch.finfo(mass.dtype).eps / 2))
 
 
 DIVERGENCES = {"forward": topk_divergence, "reverse": reverse_topk_divergence}

@@ -86,10 +86,16 @@ def flags(where: str, name: str, value: Tensor, like: Tensor) -> Tensor:
 
 def likelihood(where: str, chosen_nll: Tensor | None, like: Tensor) -> None:
     """A negative log-likelihood of the chosen: one scalar, or one value per pair; or none."""
-    check.floating(where, chosen_nll=chosen_nll)
-    if chosen_nll is not None and chosen_nll.ndim != 0 and chosen_nll.shape != like.shape:
-        check.fail(where, f"chosen_nll must be a scalar or {tuple(like.shape)}, got {check.describe(chosen_nll)}")
-    check.same_device(where, chosen_logps=like, chosen_nll=chosen_nll)
+    scalar_or_rows(where, "chosen_nll", chosen_nll, like, of="chosen_logps")
+
+
+def scalar_or_rows(where: str, name: str, value: Tensor | None, like: Tensor, *, of: str = "nll") -> None:
+    """One scalar, or one value for each of the rows of ``like``, which is called ``of``; or none."""
+    check.floating(where, **{name: value})
+    if value is not None and value.ndim != 0 and (value.shape != like.shape or value.ndim != 1):
+        rows = tuple(like.shape) if like.ndim == 1 else "[B]"
+        check.fail(where, f"{name} must be a scalar or {rows}, got {check.describe(value)}")
+    check.same_device(where, **{of: like, name: value})
 
 
 ROUNDED = 1e-3

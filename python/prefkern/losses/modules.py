@@ -9,10 +9,20 @@ from torch import nn
 from prefkern.losses.cpo import CPO, CPOOptions, cpo_loss
 from prefkern.losses.dpo import DPO, DPOOptions, dpo_loss
 from prefkern.losses.grpo import GRPO, GRPOOptions, grpo_loss
+from prefkern.losses.guided import KLGuidedDPO, KLGuidedDPOOptions, kl_guided_dpo_loss
 from prefkern.losses.kto import KTO, KTOOptions, kto_loss
 from prefkern.losses.orpo import ORPO, ORPOOptions, orpo_loss
 from prefkern.losses.ppo import PPO, PPOOptions, ppo_loss
+from prefkern.losses.reward_model import Reward, RewardOptions, reward_loss
 from prefkern.losses.rloo import RLOO, RLOOOptions, rloo_loss
+from prefkern.losses.weighted import (
+    RewardRegularized,
+    RewardRegularizedOptions,
+    ScoreWeighted,
+    ScoreWeightedOptions,
+    reward_regularized_loss,
+    score_weighted_loss,
+)
 from prefkern.options import checked, fields, read
 from prefkern.types import LossOutput
 
@@ -103,6 +113,42 @@ class CPOLoss(_Loss):
 
     def __init__(self, beta: float | None = None, /, **options: Unpack[CPOOptions]) -> None:
         super().__init__(beta, options)
+
+
+class RewardLoss(_Loss):
+    """`reward_loss` with fixed options: Bradley-Terry, https://arxiv.org/abs/2203.02155."""
+
+    function, kind = staticmethod(reward_loss), Reward
+
+    def __init__(self, center_coefficient: float | None = None, /, **options: Unpack[RewardOptions]) -> None:
+        super().__init__(center_coefficient, options)
+
+
+class KLGuidedDPOLoss(_Loss):
+    """`kl_guided_dpo_loss` with fixed options."""
+
+    function, kind = staticmethod(kl_guided_dpo_loss), KLGuidedDPO
+
+    def __init__(self, beta: float | None = None, /, **options: Unpack[KLGuidedDPOOptions]) -> None:
+        super().__init__(beta, options)
+
+
+class RewardRegularizedLoss(_Loss):
+    """`reward_regularized_loss` with fixed options."""
+
+    function, kind = staticmethod(reward_regularized_loss), RewardRegularized
+
+    def __init__(self, reward_coef: float | None = None, /, **options: Unpack[RewardRegularizedOptions]) -> None:
+        super().__init__(reward_coef, options)
+
+
+class ScoreWeightedLoss(_Loss):
+    """`score_weighted_loss` with fixed options."""
+
+    function, kind = staticmethod(score_weighted_loss), ScoreWeighted
+
+    def __init__(self, baseline: float | None = None, /, **options: Unpack[ScoreWeightedOptions]) -> None:
+        super().__init__(baseline, options)
 
 
 class PPOLoss(_Loss):

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefkern import check as checks
 from prefkern.integrations.transformers import lazy_numbers, lazy_views  # noqa: F401 - they register their answers

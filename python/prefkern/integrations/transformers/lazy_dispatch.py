@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefkern.integrations.transformers.lazy_rows import Rows
-from prefkern.integrations.transformers.lazy_tensor import _NO_TORCH_FUNCTION, Cell, Kind, LazyLogits, calling_line, real
+from prefkern.integrations.transformers.lazy_tensor import (
+    _NO_TORCH_FUNCTION,
+    Cell,
+    Kind,
+    LazyLogits,
+    calling_line,
+    real,
+)
 
 T: Any = torch.Tensor
 _ANSWERS: dict[Any, tuple[Callable[..., Any], inspect.Signature]] = {}
@@ -20,7 +27,14 @@ _METADATA = {
     *(getattr(T, name).__get__ for name in ("is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "_version")),
     *(T.size, T.dim, T.ndimension, T.numel, T.nelement, T.element_size, T.stride, T.storage_offset, T.get_device),
     *(T.is_contiguous, T.is_floating_point, T.is_complex, T.is_inference, T.__len__, T.__hash__, T.is_same_size),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.result_type, T.retains_grad.__get__),
+    *(
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.numel,
+        torch.is_inference,
+        torch.result_type,
+        T.retains_grad.__get__,
+    ),
 }
 """What is known of a tensor without its numbers."""
 

@@ -90,9 +90,7 @@ def _tanh(x: LazyLogits) -> Any:
 
 
 @answers(functional.log_softmax, T.log_softmax, torch.log_softmax)
-def _log_softmax(
-    x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Any:
+def _log_softmax(x: LazyLogits, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     return _softmax_kind(x, "logps", dim, dtype)
 
 
@@ -189,9 +187,7 @@ def _max(x: LazyLogits, dim: int | None = None, keepdim: bool = False) -> Any:
     if x.cell.kind != "logits" or dim is None or not is_last(x, dim) or grad:
         return NotImplemented
     values, tokens = x.cell.rows.largest()
-    return torch.return_types.max(
-        (_kept(x.cell, values, keepdim, None), _kept(x.cell, tokens, keepdim, torch.int64))
-    )
+    return torch.return_types.max((_kept(x.cell, values, keepdim, None), _kept(x.cell, tokens, keepdim, torch.int64)))
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -199,7 +195,7 @@ def _max(x: LazyLogits, dim: int | None = None, keepdim: bool = False) -> Any:
 
 @answers(functional.cross_entropy)
 def _cross_entropy(
-    input: LazyLogits,  # noqa: A002 - torch's name
+    input: LazyLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -229,7 +225,7 @@ def _cross_entropy(
 
 @answers(functional.nll_loss)
 def _nll_loss(
-    input: LazyLogits,  # noqa: A002 - torch's name
+    input: LazyLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,

@@ -64,7 +64,9 @@ def _same_device(given: Any, device: torch.device) -> bool:
 def _cast(x: LazyLogits, dtype: torch.dtype, *, copy: bool = False) -> Any:
     if dtype == x.dtype and not copy:
         return x
-    return derive(lambda z: z.to(dtype), x.cell, x.cell.rows, dtype=dtype) if dtype.is_floating_point else NotImplemented
+    return (
+        derive(lambda z: z.to(dtype), x.cell, x.cell.rows, dtype=dtype) if dtype.is_floating_point else NotImplemented
+    )
 
 
 @answers(T.contiguous)

@@ -301,6 +301,7 @@ def test_an_option_that_resembles_none_is_answered_with_the_list() -> None:
 class Sample(NamedTuple):
     size: typing.Annotated[float | None, head_inputs.above(0.0)] = None
     word: typing.Literal["a", "b"] = "a"
+    maybe: typing.Literal["x", "y"] | None = None
     free: object = None
 
 
@@ -311,13 +312,15 @@ def sample(**options: Any) -> Sample:
 
 def test_options_are_read_in_their_ranges() -> None:
     assert sample() == Sample()
-    assert sample(size=2, word="b", free=[]) == Sample(2.0, "b", [])
+    assert sample(size=2, word="b", maybe="x", free=[]) == Sample(2.0, "b", "x", [])
     with pytest.raises(
         ValueError, match=re.escape("prefkern.sample: size must be a finite number in (0.0, inf), got 0")
     ):
         sample(size=0)
     with pytest.raises(ValueError, match="word must be one of 'a', 'b', got 'c'"):
         sample(word="c")
+    with pytest.raises(ValueError, match="maybe must be one of 'x', 'y', got 'z'"):
+        sample(maybe="z")
     with pytest.raises(ValueError, match="size must be a finite number"):
         sample(size=math.inf)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prefkern import losses
+from prefkern.losses.policy import POLICY_LOSSES
 from prefkern.losses.preference import PAIR_LOSSES
 
 NAN = float("nan")
@@ -19,6 +20,9 @@ SMOOTHED = " or ".join(repr(name) for name, row in PAIR_LOSSES.items() if row.sm
 DPO = partial(losses.dpo_loss, X, X, X)
 KTO = partial(losses.kto_loss, X, X)
 PPO = partial(losses.ppo_loss, GRID, GRID)
+GRPO = partial(losses.grpo_loss, GRID, GRID, X)
+WEIGHTS = partial(losses.importance_weights, GRID, GRID)
+GRPO_NAMES = ", ".join(map(repr, POLICY_LOSSES))
 CALLS = [
     (lambda: losses.dpo_loss(X, Y, X, X), ValueError, r"dpo_loss: .*must have the same shape, got \(4,\) and \(3,\)"),
     (
@@ -220,6 +224,138 @@ CALLS = [
         "value_loss: values, old_values, returns must have the same shape",
     ),
     (lambda: losses.value_loss(X, X, X, cliprange_value=0), ValueError, "value_loss: cliprange_value must be"),
+    (lambda: PPO(X, token_weights=Y), ValueError, r"ppo_loss: token_weights must be \(4, 3\), per token, or \(4,\)"),
+    (
+        lambda: PPO(X, positive_nll_coef=0.1),
+        ValueError,
+        r"ppo_loss: positive_nll_coef=0\.1 needs is_correct, which sequences are right, got None",
+    ),
+    (
+        lambda: losses.ppo_loss(X, X, X, reduction="fixed"),
+        ValueError,
+        r"ppo_loss: logps is packed, .*: its sequences need cu_seqlens",
+    ),
+    (
+        lambda: losses.ppo_loss(X, X, X, reduction="fixed", cu_seqlens=torch.tensor([0, 4])),
+        ValueError,
+        "ppo_loss: reduction='fixed' of packed tokens needs max_completion_length",
+    ),
+    (lambda: losses.ppo_loss(X, None, X), TypeError, r"ppo_loss: old_logps must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.grpo_loss(None, X, X), TypeError, r"grpo_loss: logps must be a torch\.Tensor, got NoneType"),
+    (lambda: losses.grpo_loss(X, 3.0, X), TypeError, r"grpo_loss: old_logps must be a torch\.Tensor, got float"),
+    (lambda: losses.grpo_loss(X, X, None), TypeError, r"grpo_loss: advantages must be a torch\.Tensor, got NoneType"),
+    (lambda: GRPO(loss_type="gspo"), ValueError, f"grpo_loss: loss_type must be one of {GRPO_NAMES}, got 'gspo'"),
+    (
+        lambda: GRPO(),
+        ValueError,
+        r"grpo_loss: loss_type='dapo' divides by the scored tokens of the .*: pass normalizer=, .*mask\.sum\(\)",
+    ),
+    (
+        lambda: GRPO(loss_type="vespo"),
+        ValueError,
+        "grpo_loss: loss_type='vespo' divides by the scored tokens of the whole",
+    ),
+    (
+        lambda: GRPO(loss_type="cispo", normalizer=3),
+        ValueError,
+        "grpo_loss: loss_type='cispo' caps the ratio at epsilon_high .*, got None",
+    ),
+    (
+        lambda: losses.grpo_loss(GRID, None, X, loss_type="dppo_kl"),
+        ValueError,
+        "grpo_loss: loss_type='dppo_kl' needs old_logps, of the policy that sampled, got None",
+    ),
+    (
+        lambda: GRPO(loss_type="dro"),
+        ValueError,
+        "grpo_loss: loss_type='dro' weighs the square .* by dro_beta .*, got None",
+    ),
+    (
+        lambda: GRPO(loss_type="gmpo", importance_sampling_level="sequence"),
+        ValueError,
+        "grpo_loss: loss_type='gmpo' has importance_sampling_level='token', got 'sequence'",
+    ),
+    (
+        lambda: GRPO(importance_sampling_level="batch"),
+        ValueError,
+        "grpo_loss: importance_sampling_level must be one of 'token', 'sequence', 'product', got 'batch'",
+    ),
+    (
+        lambda: losses.grpo_loss(GRID, GRID, Y, loss_type="grpo"),
+        ValueError,
+        r"grpo_loss: advantages must be \(4, 3\), per token, or \(4,\), per sequence, got .*\(3,\)",
+    ),
+    (
+        lambda: losses.grpo_loss(GRID, X, X),
+        ValueError,
+        r"grpo_loss: .*old_logps must have the same shape|old_logps must be",
+    ),
+    (lambda: GRPO(beta=0.1, loss_type="grpo"), ValueError, r"grpo_loss: beta=0\.1 needs ref_logps, got None"),
+    (lambda: GRPO(kl_gradient="k2"), ValueError, "grpo_loss: kl_gradient must be one of 'plain', 'unbiased', got 'k2'"),
+    (
+        lambda: GRPO(loss_type="grpo", entropy_coef=0.1),
+        ValueError,
+        r"grpo_loss: entropy_coef=0\.1 needs entropy, got None",
+    ),
+    (
+        lambda: GRPO(loss_type="grpo", reduction="none", is_correct=X > 0, positive_nll_coef=0.1),
+        ValueError,
+        "grpo_loss: reduction='none' is per token, without entropy and likelihood terms",
+    ),
+    (
+        lambda: GRPO(loss_type="grpo", is_correct=Y > 0, positive_nll_coef=0.1),
+        ValueError,
+        r"grpo_loss: is_correct must have shape \(4,\), got",
+    ),
+    (
+        lambda: losses.grpo_loss(X, X, X, loss_type="gspo_token", reduction="token"),
+        ValueError,
+        r"grpo_loss: logps is packed, .*: its sequences need cu_seqlens \[S \+ 1\]",
+    ),
+    (
+        lambda: GRPO(reduction="mean"),
+        ValueError,
+        "grpo_loss: reduction must be one of 'token', 'sequence', .*'fixed', 'none'",
+    ),
+    (lambda: GRPO(normalizer=-1), ValueError, "grpo_loss: normalizer must be a finite number"),
+    (
+        lambda: losses.GRPOLoss(loss_type="cispo"),
+        ValueError,
+        "GRPOLoss: loss_type='cispo' caps the ratio at epsilon_high",
+    ),
+    (
+        lambda: losses.rloo_loss(GRID, Y, X),
+        ValueError,
+        r"rloo_loss: old_logps must be \(4, 3\), per token, or \(4,\), per sequence, got float32 \(3,\)",
+    ),
+    (lambda: losses.rloo_loss(X, X, X), ValueError, r"rloo_loss: logps is packed, .*: its sequences need cu_seqlens"),
+    (
+        lambda: WEIGHTS(mode="drop"),
+        ValueError,
+        "importance_weights: mode must be one of 'truncate', 'mask', 'icepop', 'none'",
+    ),
+    (lambda: WEIGHTS(low=3.0), ValueError, r"importance_weights: low must be less than high, got 3\.0 and 2\.0"),
+    (
+        lambda: WEIGHTS(mode="icepop", level="sequence"),
+        ValueError,
+        "importance_weights: mode='icepop' is per token, got level='sequence': mode='mask' takes any level",
+    ),
+    (lambda: WEIGHTS(gate="k3"), ValueError, "importance_weights: gate='k3' needs gate_high, the largest value"),
+    (
+        lambda: WEIGHTS(gate_high=1.0),
+        ValueError,
+        "importance_weights: gate_low and gate_high bound a gate, got gate=None",
+    ),
+    (
+        lambda: losses.importance_weights(GRID, None),
+        TypeError,
+        r"importance_weights: rollout_logps must be a torch\.Tensor, got NoneType",
+    ),
+    (
+        lambda: losses.importance_weights(X, X, level="geometric"),
+        ValueError,
+        r"importance_weights: logps is packed, .*: its sequences need cu_seqlens",
+    ),
     (lambda: losses.sequence_logps(X), ValueError, r"sequence_logps: logps is packed.*cu_seqlens \[S \+ 1\]"),
     (lambda: losses.sequence_logps(IDS), TypeError, "sequence_logps: logps must be float16"),
     (lambda: losses.sequence_logps(GRID, targets=INT), ValueError, r"sequence_logps: targets must have shape \(4, 3\)"),
@@ -252,5 +388,7 @@ def test_values_are_not_read_off_the_cpu() -> None:
     """On an accelerator reading a value would wait for the device: only shapes, dtypes and devices are checked."""
     x, bad = torch.zeros(4, device="meta"), torch.full((4,), 7, device="meta")
     assert losses.kto_loss(x, x, bad).loss.device.type == "meta"
+    assert losses.grpo_loss(x, x, x, bad, normalizer=torch.zeros((), device="meta")).loss.shape == ()
+    assert losses.importance_weights(x, x, bad, gate="kl", gate_high=1.0).mask.device.type == "meta"
     cu = torch.zeros(3, dtype=torch.long, device="meta")
     assert losses.ppo_loss(x, x, x, bad, cu_seqlens=cu, normalizer=torch.zeros((), device="meta")).loss.shape == ()

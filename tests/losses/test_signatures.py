@@ -33,10 +33,17 @@ def typed_dict(function: Callable[..., object]) -> type:
 
 
 LINEAR = [name for name in losses.__all__ if name.startswith("linear_")]
-WITH_REFERENCE = ["linear_dpo_loss", "linear_kl_guided_dpo_loss", "linear_kto_loss", "linear_ppo_loss"]
+WITH_REFERENCE = [
+    "linear_dpo_loss",
+    "linear_kl_guided_dpo_loss",
+    "linear_kto_loss",
+    "linear_ppo_loss",
+    "linear_grpo_loss",
+]
 TAKING = [linear_token_logprobs, linear_kl_divergence, losses.dpo_loss, losses.kto_loss, losses.orpo_loss]
 TAKING += [losses.reward_loss, losses.kl_guided_dpo_loss, losses.reward_regularized_loss, losses.score_weighted_loss]
 TAKING += [losses.cpo_loss, losses.ppo_loss, losses.value_loss, *(getattr(losses, name) for name in LINEAR)]
+TAKING += [losses.grpo_loss, losses.rloo_loss, losses.importance_weights]
 
 
 @pytest.mark.parametrize("function", TAKING, ids=lambda function: function.__name__)
@@ -100,9 +107,14 @@ def tensors() -> dict[str, Any]:
     }
 
 
+ALSO: dict[str, dict[str, Any]] = {"linear_grpo_loss": {"normalizer": R * T}}
+"""What a form cannot do without, beside its positional arguments."""
+
+
 def loss_of(name: str, **given: Any) -> torch.Tensor:
     function = getattr(losses, name)
     arguments = {key: tensors()[key] for key, p in parameters(function).items() if p.default is p.empty}
+    arguments |= ALSO.get(name, {})
     if not any(key.startswith("ref_") for key in given):
         arguments |= reference(name)
     return function(**{**arguments, **given}).loss
@@ -167,6 +179,11 @@ class Change(NamedTuple):
 
 TOKENS = torch.linspace(-1.0, 0.5, R * T).view(R, T)
 CRITIC = {"values": TOKENS, "old_values": TOKENS.flip(0), "returns": TOKENS.flip(1)}
+VESPO = {"loss_type": "vespo", "old_logps": -1.8 + 0.1 * TOKENS}
+MILD = {"old_logps": -2.0 + 0.2 * TOKENS}  # ratios near 1: nothing is clipped away
+COV = {"loss_type": "clip_cov", "cov_ratio": 1.0, "epsilon": 1.0, "epsilon_high": 1e6}  # all that lies within
+SAME = Change("unbiased", {"ref_logps": TOKENS, "kl_coef": 0.1})
+"""The value is the same without the ratio; the gradient is compared below."""
 CHANGES: dict[str, dict[str, Change]] = {
     "linear_dpo_loss": {
         "beta": Change(0.3),
@@ -207,10 +224,48 @@ CHANGES: dict[str, dict[str, Change]] = {
         "delta": Change(1.01),
         "kl_coef": Change(0.3, {"ref_logps": TOKENS}),
         "kl_estimator": Change("k1", {"ref_logps": TOKENS, "kl_coef": 0.1}),
+        "kl_gradient": SAME,
         "entropy_coef": Change(0.2),
+        "positive_nll_coef": Change(0.2, {"is_correct": torch.tensor([1, 0, 1, 0])}),
         "vf_coef": Change(0.3, CRITIC),
         "cliprange_value": Change(0.01, {**CRITIC, "old_values": TOKENS * 3}),
         "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
+    },
+    "linear_grpo_loss": {
+        "epsilon": Change(0.01),
+        "epsilon_high": Change(0.01),
+        "delta": Change(1.01),
+        "loss_type": Change("sapo"),
+        "importance_sampling_level": Change("sequence"),
+        "beta": Change(0.3, {"ref_logps": TOKENS}),
+        "use_bias_correction_kl": Change(False, {"ref_logps": TOKENS, "beta": 0.1}),
+        "kl_estimator": Change("k1", {"ref_logps": TOKENS, "beta": 0.1}),
+        "kl_gradient": Change("unbiased", {"ref_logps": TOKENS, "beta": 0.1}),
+        "entropy_coef": Change(0.2),
+        "positive_nll_coef": Change(0.2, {"is_correct": torch.tensor([1, 0, 1, 0])}),
+        "sapo_temperature_pos": Change(2.0, {"loss_type": "sapo"}),
+        "sapo_temperature_neg": Change(2.0, {"loss_type": "sapo"}),
+        "vespo_k_pos": Change(0.5, VESPO),
+        "vespo_lambda_pos": Change(0.5, VESPO),
+        "vespo_k_neg": Change(0.5, VESPO),
+        "vespo_lambda_neg": Change(0.5, VESPO),
+        "importance_tau": Change(0.5, {"loss_type": "importance_mask"}),
+        "cov_ratio": Change(0.9, {"loss_type": "kl_cov"}),
+        "clip_cov_low": Change(0.0, {**COV, "clip_cov_high": 99.0}),
+        "clip_cov_high": Change(0.1, {**COV, "clip_cov_low": 0.0}),
+        "kl_cov_coef": Change(0.5, {"loss_type": "kl_cov"}),
+        "dro_beta": Change(0.5, {"loss_type": "dro", "dro_beta": 0.1}),
+        "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
+    },
+    "linear_rloo_loss": {
+        "epsilon": Change(0.01, MILD),
+        "epsilon_high": Change(0.01, MILD),
+        "delta": Change(1.01),
+        "entropy_coef": Change(0.2),
+        "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
     },
 }
 
@@ -229,12 +284,24 @@ def test_every_option_of_every_loss_has_a_change() -> None:
 def test_linear_form_passes_every_option_of_the_loss_on(name, option) -> None:
     """It changes the linear form as it changes the loss of the log-probabilities, which the layout tests compare."""
     value, needs = CHANGES[name][option]
-    assert loss_of(name, **{**needs, option: value}).item() != loss_of(name, **needs).item()
+    changed = loss_of(name, **{**needs, option: value}).item() != loss_of(name, **needs).item()
+    assert changed == (CHANGES[name][option] is not SAME)
+
+
+def test_linear_ppo_passes_the_gradient_of_the_divergence_on() -> None:
+    def gradient(form: str) -> torch.Tensor:
+        hidden = tensors()["hidden"].requires_grad_()
+        given = {"hidden": hidden, "ref_logps": TOKENS, "kl_coef": 0.1, "kl_gradient": form}
+        return torch.autograd.grad(loss_of("linear_ppo_loss", **given), hidden)[0]
+
+    assert not torch.allclose(gradient("plain"), gradient("unbiased"))
 
 
 @pytest.mark.parametrize("name", [name for name in LINEAR if name != "linear_loss"])
 def test_metrics_can_be_left_out(name) -> None:
     arguments = {key: tensors()[key] for key, p in parameters(getattr(losses, name)).items() if p.default is p.empty}
+    arguments |= reference(name)
+    arguments |= ALSO.get(name, {})
     arguments |= reference(name)
     assert getattr(losses, name)(**arguments, metrics=False).metrics == {}
     assert getattr(losses, name)(**arguments).metrics
@@ -261,6 +328,7 @@ def test_an_option_that_resembles_none_is_answered_with_the_list() -> None:
 class Sample(NamedTuple):
     size: typing.Annotated[float | None, head_inputs.above(0.0)] = None
     word: typing.Literal["a", "b"] = "a"
+    maybe: typing.Literal["x", "y"] | None = None
     free: object = None
 
 
@@ -271,13 +339,15 @@ def sample(**options: Any) -> Sample:
 
 def test_options_are_read_in_their_ranges() -> None:
     assert sample() == Sample()
-    assert sample(size=2, word="b", free=[]) == Sample(2.0, "b", [])
+    assert sample(size=2, word="b", maybe="x", free=[]) == Sample(2.0, "b", "x", [])
     with pytest.raises(
         ValueError, match=re.escape("prefkern.sample: size must be a finite number in (0.0, inf), got 0")
     ):
         sample(size=0)
     with pytest.raises(ValueError, match="word must be one of 'a', 'b', got 'c'"):
         sample(word="c")
+    with pytest.raises(ValueError, match="maybe must be one of 'x', 'y', got 'z'"):
+        sample(maybe="z")
     with pytest.raises(ValueError, match="size must be a finite number"):
         sample(size=math.inf)
 
@@ -285,6 +355,7 @@ def test_options_are_read_in_their_ranges() -> None:
 MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "KTOLoss": "kto_loss", "ORPOLoss": "orpo_loss"}
 MODULES |= {"PPOLoss": "ppo_loss", "RewardLoss": "reward_loss", "KLGuidedDPOLoss": "kl_guided_dpo_loss"}
 MODULES |= {"RewardRegularizedLoss": "reward_regularized_loss", "ScoreWeightedLoss": "score_weighted_loss"}
+MODULES |= {"PPOLoss": "ppo_loss", "GRPOLoss": "grpo_loss", "RLOOLoss": "rloo_loss"}
 
 
 def test_every_module_is_compared() -> None:
@@ -322,6 +393,11 @@ def test_modules_compute_their_loss() -> None:
     got = losses.RewardRegularizedLoss(0.3)(*x[:2])
     torch.testing.assert_close(got, losses.reward_regularized_loss(*x[:2], reward_coef=0.3))
     torch.testing.assert_close(losses.ScoreWeightedLoss(0.3)(*x[:2]), losses.score_weighted_loss(*x[:2], baseline=0.3))
+    got = losses.GRPOLoss(0.1, beta=0.2)(*x[:3], ref_logps=x[3], normalizer=9)
+    torch.testing.assert_close(got, losses.grpo_loss(*x[:3], epsilon=0.1, beta=0.2, ref_logps=x[3], normalizer=9))
+    grid = [value[:, None] for value in x[:3]]
+    got = losses.RLOOLoss(0.1)(*grid, normalizer=9)
+    torch.testing.assert_close(got, losses.rloo_loss(*grid, epsilon=0.1, normalizer=9))
     assert repr(losses.ORPOLoss(0.3)) == "ORPOLoss(beta=0.3, reduction='mean', metrics=True)"
 
 

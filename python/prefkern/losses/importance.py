@@ -65,6 +65,8 @@ class Importance(NamedTuple):
             check.fail(where, "gate_low and gate_high bound a gate, got gate=None")
         if self.gate is not None and self.gate_low is None and self.gate_high is None:
             check.fail(where, f"gate={self.gate!r} needs gate_high, the largest value that is kept (or gate_low)")
+        if self.gate_low is not None and self.gate_high is not None and self.gate_low > self.gate_high:
+            check.fail(where, f"gate_low must not exceed gate_high, got {self.gate_low} and {self.gate_high}")
 
 
 class ImportanceOptions(TypedDict, total=False):

@@ -76,7 +76,9 @@ class LazyPatch:
     ) -> None:
         while self._places:
             model, layer, installed = self._places.pop()
-            installed.holders = [holder for holder in installed.holders if holder is not self]
+            if self not in installed.holders:  # unpatch(model) has ended it
+                continue
+            installed.holders.remove(self)
             if not installed.holders:
                 _remove(model, layer, installed)
 

@@ -1,7 +1,7 @@
 """Which calls of torch on a lazy tensor are answered, and what becomes of the others: they get real tensors."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ _ANSWERS: dict[Any, tuple[Callable[..., Any], inspect.Signature]] = {}
 _METADATA = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")),
     *(getattr(T, name).__get__ for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested")),
-    *(getattr(T, name).__get__ for name in ("is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "_version")),
+    *(getattr(T, name).__get__ for name in ("is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "_version", "_base")),
     *(T.size, T.dim, T.ndimension, T.numel, T.nelement, T.element_size, T.stride, T.storage_offset, T.get_device),
     *(T.is_contiguous, T.is_floating_point, T.is_complex, T.is_inference, T.__len__, T.__hash__, T.is_same_size),
     *(
@@ -52,7 +52,7 @@ def answers(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 def answer(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls a function of torch on arguments among which is a lazy tensor."""
-    if function in _METADATA:
+    if function in _METADATA and all(each.cell.made is None for each in _lazies(args)):
         with _NO_TORCH_FUNCTION():
             return function(*args, **kwargs)
     name = _name(function)
@@ -67,10 +67,11 @@ def answer(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _asked(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns the answer from hidden states, or NotImplemented."""
-    lazy = _lazy(args)
-    if function not in _ANSWERS or lazy is None or lazy.cell.made is not None:
+    lazies = list(_lazies(args))
+    if function not in _ANSWERS or not lazies or any(each.cell.made is not None or each.adopted for each in lazies):
         return NotImplemented
-    lazy.refuse_stale()
+    for each in lazies:
+        each.refuse_stale()
     found, signature = _ANSWERS[function]
     try:
         signature.bind(*args, **kwargs)
@@ -79,15 +80,12 @@ def _asked(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return found(*args, **kwargs)
 
 
-def _lazy(args: Any) -> LazyLogits | None:
+def _lazies(args: Any) -> Iterator[LazyLogits]:
     for each in args:
         if isinstance(each, LazyLogits):
-            return each
-        if isinstance(each, list | tuple):
-            found = _lazy(each)
-            if found is not None:
-                return found
-    return None
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _lazies(each)
 
 
 def derive(
@@ -103,6 +101,8 @@ def derive(
     """Returns a lazy tensor that ``function`` makes of the cell's; one that shares its memory, if an alias."""
     if rows is None:
         return NotImplemented
+    if not torch.is_grad_enabled():
+        rows = rows.detached()
     return LazyLogits.of(
         Cell(
             cell.kind if kind is None else kind,

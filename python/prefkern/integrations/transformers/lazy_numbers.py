@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefkern.integrations.transformers.lazy_dispatch import answered, answers, derive, is_last, wide_dtype
+from prefkern.integrations.transformers.lazy_rows import Rows
 from prefkern.integrations.transformers.lazy_tensor import Cell, LazyLogits, asked_by_torch_distributed
 
 T: Any = torch.Tensor
@@ -70,7 +71,7 @@ def _by_rows(cell: Cell, other: Tensor, function: Any, *, inverse: bool = False)
 def _product(cell: Cell, other: LazyLogits) -> Any:
     """Probabilities times what they are of: summed over the vocabulary that is an entropy."""
     kinds = {cell.kind: cell, other.cell.kind: other.cell}
-    if "probs" not in kinds or not {"logps", "logits"} & set(kinds) or cell.rows is not other.cell.rows:
+    if "probs" not in kinds or not {"logps", "logits"} & set(kinds) or not _same(cell.rows, other.cell.rows):
         return NotImplemented
     kind: Any = "probs * logps" if "logps" in kinds else "probs * logits"
     dtype = torch.promote_types(cell.dtype, other.cell.dtype)
@@ -79,6 +80,17 @@ def _product(cell: Cell, other: LazyLogits) -> Any:
         return z * other.cell.real("a product")
 
     return derive(function, cell, cell.rows, kind=kind, factor=cell.factor * other.cell.factor, dtype=dtype)
+
+
+def _same(one: Rows, other: Rows) -> bool:
+    """Whether two are the same numbers with the same gradient, if any."""
+    if one is other or torch.is_grad_enabled():
+        return one is other
+    pairs = ((one.hidden, other.hidden), (one.matrix.weight, other.matrix.weight))
+    same = all(a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() for a, b in pairs)
+    return same and all(getattr(one, name) == getattr(other, name) for name in ("columns", "scale", "cap")) and (
+        one.temperature is other.temperature
+    )
 
 
 @answers(T.tanh, torch.tanh, functional.tanh)
@@ -106,7 +118,8 @@ def _softmax_kind(x: LazyLogits, kind: Any, dim: int | None, dtype: torch.dtype 
     made = derive(
         lambda z: function(z, -1, dtype=dtype), x.cell, x.cell.rows, kind=kind, dtype=wide_dtype(x.cell, dtype)
     )
-    made.cell.whole = (x.cell, ...)  # one pass for its statistics and theirs
+    if made.cell.rows is x.cell.rows:
+        made.cell.whole = (x.cell, ...)  # one pass for its statistics and theirs
     return made
 
 

@@ -65,7 +65,7 @@ class Rows(NamedTuple):
             have not in (1, want) for have, want in zip(temperature.shape[-2::-1], lead[::-1], strict=False)
         ):
             return None
-        wide = temperature.float().expand(*lead, 1)
+        wide = temperature.to(torch.promote_types(temperature.dtype, torch.float32)).expand(*lead, 1)
         return self._replace(temperature=wide if self.temperature is None else self.temperature * wide)
 
     def cut(self, columns: slice) -> "Rows":
@@ -79,6 +79,8 @@ class Rows(NamedTuple):
         return self._replace(hidden=function(self.hidden), temperature=temperature)
 
     def detached(self) -> "Rows":
+        if not any(leaf.requires_grad for leaf in (self.hidden, *self.leaves)):
+            return self
         lora = self.matrix.lora
         matrix = Matrix(
             self.matrix.weight.detach(),

@@ -191,6 +191,12 @@ class LazyLogits(Tensor):
     def cell(self) -> Cell:
         return self.box[0]
 
+    @property
+    def adopted(self) -> bool:
+        """Whether it came out of somebody's autograd function, so that its gradient is that function's business."""
+        with _NO_TORCH_FUNCTION():
+            return self.requires_grad and "_Born" not in type(self.grad_fn).__name__
+
     def refuse_stale(self) -> None:
         if self.stale:
             _refuse_stale(self.stale)
@@ -233,10 +239,13 @@ class _Born(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, box: list[Cell], *leaves: Tensor) -> LazyLogits:
         ctx.box, ctx.leaves = box, leaves
+        ctx.set_materialize_grads(False)
         return _shell(box)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         needed = [leaf for leaf, need in zip(ctx.leaves, ctx.needs_input_grad[1:], strict=True) if need]
         with torch.enable_grad():
             made = ctx.box[0].real("a gradient")
@@ -252,12 +261,26 @@ def _refuse_stale(change: str) -> NoReturn:
     )
 
 
+class _Real(torch.autograd.Function):
+    """Real numbers in place of a lazy tensor, whose gradient is the tensor's."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyLogits, made: Tensor) -> Tensor:
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def real(value: Any, asked: str, *, detach: bool = False) -> Any:
     """Returns a structure of arguments with every lazy tensor in it made real."""
     if isinstance(value, LazyLogits):
         value.refuse_stale()
         made = value.cell.real(asked)
-        return made.detach() if detach else made
+        if detach:
+            return made.detach()
+        return _Real.apply(value, made.detach()) if value.adopted else made
     if isinstance(value, dict):
         return {key: real(each, asked, detach=detach) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -215,7 +215,7 @@ def _chunk(x: LazyLogits, chunks: int, dim: int = 0) -> Any:
 def _unbind(x: LazyLogits, dim: int = 0) -> Any:
     if dim != 0 or x.dim() < 2 or x.cell.kind == "turned":
         return NotImplemented
-    rows = []
+    x, rows = x if torch.is_grad_enabled() else x.detach(), []  # type: ignore[assignment]
     for index in range(x.shape[0]):
         row = x[index]
         row.cell.whole = x.cell, index

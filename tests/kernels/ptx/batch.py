@@ -4,7 +4,7 @@ Threads of all programs lie in one row: lane ``thread + threads * program``. Of 
 indices (None: all of them). Threads at the lowest position run first, so that those that parted meet again.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,14 @@ from ptx.parsing import Program
 from ptx.registers import Array, register_rows
 
 READY, WAITING, DONE = range(3)
+
+
+class Settings(Protocol):
+    """What of a run's settings reaches its threads."""
+
+    schedule: str
+    approximate: int | None
+    strict: bool
 
 
 class Batch:
@@ -31,10 +39,11 @@ class Batch:
         memory: GlobalMemory,
         shared: SharedMemory,
         costs: Launch,
-        approximate: int | None,
+        run: "Settings",
     ) -> None:
         self.program, self.parameters, self.memory, self.shared = program, parameters, memory, shared
-        self.costs, self.approximate = costs, approximate
+        self.costs, self.approximate, self.strict = costs, run.approximate, run.strict
+        self.first_wins = run.schedule == "backward"  # of the lanes of a warp that write one place together
         self.programs, threads = len(numbers), program.threads
         self.threads, self.warps = threads, -(-threads // 32)
         self.size = self.programs * threads

@@ -61,6 +61,7 @@ class Launch:
     instructions: Counter[str] = field(default_factory=Counter)
     barriers: int = 0
     conflicts: int = 0  # passes through the banks of shared memory beyond the first
+    disagreements: int = 0  # lanes that lost a place in shared memory to a lane of their warp with another value
     splits: int = 0  # branches at which a warp's lanes parted
     accesses: dict[int, Access] = field(default_factory=dict, repr=False)
     touched: dict[tuple[int, bool], dict[int, Array]] = field(default_factory=dict, repr=False)

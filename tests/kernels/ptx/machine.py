@@ -169,12 +169,14 @@ def disturb(value: Array, bound: Array, seed: int, inputs: list[Array]) -> Array
 @dataclass
 class Run:
     """How launches run: the schedule and its seed; ``approximate`` is None, or the seed of the errors of approximate
-    instructions; ``order`` of the batches of programs; ``only`` chooses programs by their number."""
+    instructions; ``order`` of the batches of programs; ``only`` chooses programs by their number; ``strict`` refuses
+    that lanes of a warp write different values to one place of shared memory."""
 
     schedule: str = "lockstep"
     seed: int = 0
     approximate: int | None = None
     order: str = "forward"
+    strict: bool = False
     only: Callable[[int], Sequence[int]] | None = None
     lanes: int = LANES
     launches: list[Launch] = field(default_factory=list)
@@ -206,7 +208,7 @@ class Run:
             for start in starts:
                 some = numbers[start : start + step]
                 own = SharedMemory(len(some), size, kernel.granule)
-                batch = Batch(program, grid, some, start, parameters, memory, own, costs, self.approximate)
+                batch = Batch(program, grid, some, start, parameters, memory, own, costs, self)
                 _run(kernel, batch, schedule, hits)
         costs.add_instructions(program, hits)
         return costs

@@ -67,6 +67,7 @@ def total_of(made: device.Device) -> Counter[str]:
         out["programs"] += launch.programs
         out["instructions"] += sum(launch.instructions.values())
         out["barriers"] += launch.barriers
+        out["disagreements"] += launch.disagreements
     return out
 
 

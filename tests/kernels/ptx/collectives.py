@@ -84,28 +84,41 @@ def _shuffle(instruction: Instruction, operands: Operands, mode: str = "", kind:
     members = _members(instruction, operands, instruction.operands[4])
     guard = predicate(instruction, operands)
     where = str(instruction)
-    lane = np.arange(32)
+    known = None
+    if not any(map(operands.is_register, instruction.operands[2:4])):
+        known = _sources(mode, by(None), clamp(None))  # type: ignore[arg-type]
 
     def step(batch: Batch) -> None:
         mask = guard(batch)
         members(batch)
         values = together(batch, value(batch), mask, where)
-        shift, bounds = (np.broadcast_to(x(batch), (batch.count,)).reshape(-1, 32).astype(int) for x in (by, clamp))
-        segment, end, shift = (bounds >> 8) & 31, bounds & 31, shift & 31
-        highest = (lane & segment) | (end & ~segment)
-        if mode == "up":
-            source = lane - shift
-            inside = source >= highest
+        if known is not None:
+            source, inside = (np.broadcast_to(x, values.shape) for x in known)
+            write(batch, values[:, known[0]].ravel(), mask)
         else:
-            moved = {"down": lane + shift, "bfly": lane ^ shift, "idx": (lane & segment) | (shift & ~segment)}
-            source = moved[mode]
-            inside = source <= highest
-        source = np.where(inside, source, lane)
-        write(batch, np.take_along_axis(values, source, 1).ravel(), mask)
+            shift, bounds = (np.broadcast_to(x(batch), (batch.count,)).reshape(-1, 32) for x in (by, clamp))
+            source, inside = _sources(mode, shift, bounds)
+            write(batch, np.take_along_axis(values, source, 1).ravel(), mask)
         if write_valid is not None:
             write_valid(batch, inside.ravel(), mask)
 
     return step
+
+
+def _sources(mode: str, shift: Array, bounds: Array) -> tuple[Array, Array]:
+    """Returns the lane that each lane of a warp reads, and whether that is the one it asked for."""
+    lane = np.arange(32)
+    shift, bounds = np.asarray(shift, np.int64) & 31, np.asarray(bounds, np.int64)
+    segment, end = (bounds >> 8) & 31, bounds & 31
+    highest = (lane & segment) | (end & ~segment)
+    if mode == "up":
+        source = lane - shift
+        inside = source >= highest
+    else:
+        moved = {"down": lane + shift, "bfly": lane ^ shift, "idx": (lane & segment) | (shift & ~segment)}
+        source = moved[mode]
+        inside = source <= highest
+    return np.where(inside, source, lane), inside
 
 
 def _reduction(instruction: Instruction, operands: Operands, form: list[str]) -> Step:

@@ -103,12 +103,11 @@ def bank_conflicts(offset: Array, total: int, warp: Array) -> int:
     8 and 16 bytes go by half and quarter warps.
     """
     words = max(total // 4, 1)
-    lane_group = np.arange(len(offset)) * words // BANKS if words > 1 else np.zeros(len(offset), np.int64)
-    group = warp * BANKS + lane_group % BANKS
+    part = np.arange(len(offset)) * words // BANKS % BANKS if words > 1 else 0
+    group = warp * BANKS + part
     word = (offset // 4)[:, None] + np.arange(words)
-    pairs = np.unique(np.stack([np.repeat(group, words), word.ravel()]), axis=1)
-    load = np.unique(pairs[0] * BANKS + pairs[1] % BANKS, return_counts=True)
-    worst: dict[int, int] = {}
-    for key, count in zip((load[0] // BANKS).tolist(), load[1].tolist(), strict=True):
-        worst[key] = max(worst.get(key, 0), count)
-    return sum(worst.values()) - len(worst)
+    asked = np.unique((np.repeat(group, words) << 32) | word.ravel())  # each word of a group once
+    bank, load = np.unique((asked >> 32) * BANKS + asked % BANKS, return_counts=True)
+    worst = np.zeros(int(bank[-1]) // BANKS + 1, np.int64)
+    np.maximum.at(worst, bank // BANKS, load)
+    return int(worst.sum() - (worst > 0).sum())

@@ -18,11 +18,35 @@ def _flushed(function: Function) -> Function:
     return lambda *operands: flush(function(*map(flush, operands)))
 
 
-def _both(opcode: str, results: str, sources: str, function: Function, error: Function | None = None) -> None:
+def _both(opcode: str, results: str, sources: str, function: Function) -> None:
     """Defines an instruction of float32 and its ``.ftz`` form, which stands before the type."""
     name, _, kind = opcode.rpartition(".")
-    define(opcode, results, sources, function, error)
-    define(f"{name}.ftz.{kind}", results, sources, _flushed(function), error)
+    define(opcode, results, sources, function)
+    define(f"{name}.ftz.{kind}", results, sources, _flushed(function))
+
+
+def _rounded(exact: Function) -> Function:
+    """Rounds a float64 result to float32: correct but within 2^-29 ulp of halfway between two numbers."""
+    return lambda *operands: np.asarray(exact(*operands)).astype(np.float32)
+
+
+def _wide(function: Function) -> Function:
+    return lambda *operands: function(*(np.asarray(x, np.float64) for x in operands))
+
+
+def _approximation(opcode: str, sources: str, function: Function, error: Function) -> None:
+    """Defines an approximation and its ``.ftz`` form; without errors asked for it is rounded correctly."""
+    name, _, kind = opcode.rpartition(".")
+    exact = _wide(function)
+    define(opcode, "f32", sources, _rounded(exact), exact, error)
+    define(
+        f"{name}.ftz.{kind}",
+        "f32",
+        sources,
+        _flushed(_rounded(exact)),
+        lambda *operands: exact(*map(flush, operands)),
+        lambda true, *operands: np.where(np.abs(true) < formats.TINY, 0.0, error(true, *map(flush, operands))),
+    )
 
 
 def _minmax(larger: bool, nan: bool) -> Function:
@@ -45,29 +69,19 @@ def _of_three(choose: Function) -> Function:
     return lambda a, b, c: choose(choose(a, b), c)
 
 
-def _through_float64(function: Function) -> Function:
-    """Rounds a float64 result to float32: correct to within 2^-29 ulp of half an ulp."""
-    return lambda *operands: np.asarray(function(*(np.asarray(x, np.float64) for x in operands))).astype(np.float32)
-
-
 def ulps(count: float) -> Function:
-    """An error of so many units in the last place of the correctly rounded result."""
-    return lambda exact, *operands: count * np.spacing(np.abs(exact)).astype(np.float64)
+    """An error of so many units in the last place of the result."""
+    return lambda true, *operands: count * np.spacing(np.abs(true).astype(np.float32)).astype(np.float64)
 
 
 def relative(bound: float) -> Function:
-    """An error relative to the result. Half an ulp of it is the rounding's."""
-    return lambda exact, *operands: (bound - 2.0**-24) * np.abs(exact).astype(np.float64)
+    """An error relative to the result."""
+    return lambda true, *operands: bound * np.abs(true)
 
 
-def _lg2_error(exact: Array, a: Array) -> Array:
-    scale = np.where((a > 0.5) & (a < 2), 1.0, np.abs(exact).astype(np.float64))
-    return 2.0**-22 * scale - 2.0**-24 * np.abs(exact).astype(np.float64)
-
-
-def _ex2_error(exact: Array, a: Array) -> Array:
-    """2 ulp; the manual's table has 1 for an argument of 0 (or subnormal)."""
-    return np.where(np.abs(a) < formats.TINY, 0.0, ulps(2)(exact))
+def _lg2_error(true: Array, a: Array) -> Array:
+    """2^-22: relative, and absolute between 1/2 and 2."""
+    return 2.0**-22 * np.where((a > 0.5) & (a < 2), 1.0, np.abs(true))
 
 
 def _half(function: Function, decode: Function, encode: Function) -> Function:
@@ -109,18 +123,17 @@ def _define_float32() -> None:
         define(f"{name}.ftz.NaN.f32", "f32", "f32 f32", _flushed(_minmax(larger, True)))
         for nan in (False, True):  # of three numbers, on sm_100
             define(f"{name}{'.NaN' * nan}.f32", "f32", "f32 f32 f32", _of_three(_minmax(larger, nan)))
-    divide, root = _through_float64(np.divide), _through_float64(np.sqrt)
-    invert = _through_float64(np.reciprocal)
-    _both("div.rn.f32", "f32", "f32 f32", divide)
-    _both("div.full.f32", "f32", "f32 f32", divide, ulps(2))
-    _both("rcp.rn.f32", "f32", "f32", invert)
-    _both("rcp.approx.f32", "f32", "f32", invert, ulps(1))
-    _both("sqrt.rn.f32", "f32", "f32", root)
-    _both("sqrt.approx.f32", "f32", "f32", root, relative(2.0**-23))
-    _both("rsqrt.approx.f32", "f32", "f32", _through_float64(lambda a: 1 / np.sqrt(a)), relative(2.0**-22.9))
-    _both("ex2.approx.f32", "f32", "f32", _through_float64(np.exp2), _ex2_error)
-    _both("lg2.approx.f32", "f32", "f32", _through_float64(np.log2), _lg2_error)
-    define("tanh.approx.f32", "f32", "f32", _through_float64(np.tanh), relative(2.0**-11))
+    _both("div.rn.f32", "f32", "f32 f32", _rounded(_wide(np.divide)))
+    _both("rcp.rn.f32", "f32", "f32", _rounded(_wide(np.reciprocal)))
+    _both("sqrt.rn.f32", "f32", "f32", _rounded(_wide(np.sqrt)))
+    _approximation("div.full.f32", "f32 f32", np.divide, ulps(2))
+    _approximation("rcp.approx.f32", "f32", np.reciprocal, ulps(1))
+    _approximation("sqrt.approx.f32", "f32", np.sqrt, relative(2.0**-23))
+    _approximation("rsqrt.approx.f32", "f32", lambda a: 1 / np.sqrt(a), relative(2.0**-22.9))
+    _approximation("ex2.approx.f32", "f32", np.exp2, ulps(2))
+    _approximation("lg2.approx.f32", "f32", np.log2, _lg2_error)
+    tanh = _wide(np.tanh)
+    define("tanh.approx.f32", "f32", "f32", _rounded(tanh), tanh, relative(2.0**-11))
     for name, compare in FLOAT_COMPARISONS.items():
         _both(f"setp.{name}.f32", "pred", "f32 f32", compare)
         define(f"setp.{name}.f64", "pred", "f64 f64", compare)

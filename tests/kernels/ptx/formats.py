@@ -53,7 +53,8 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     product = np.multiply(a, b, dtype=np.float64)
     total = np.atleast_1d(np.add(product, c, dtype=np.float64))
     out = total.astype(np.float32)
-    if ((total.view(np.int64) & _BELOW) == _HALFWAY).any() or (np.abs(out) < TINY).any():
+    tiny = np.abs(out) < TINY
+    if ((total.view(np.int64) & _BELOW) == _HALFWAY).any() or (tiny.any() and total[tiny].any()):
         wide = np.broadcast_arrays(product, np.asarray(c, np.float64))
         out = to_odd(*wide).astype(np.float32)
     return out.reshape(np.shape(product + c))

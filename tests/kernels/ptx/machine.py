@@ -81,7 +81,8 @@ def _compile(number: int, instruction: Instruction, operands: Operands, granule:
     readers = [operands.reader(o, k, conversion) for o, k in zip(instruction.operands[1:], entry.sources, strict=True)]
     writers = [operands.writer(o, k) for o, k in zip(targets, _widened(targets, entry.results, operands), strict=True)]
     dtypes = [KINDS[k].dtype for k in _widened(targets, entry.results, operands)]
-    guard, function, error = predicate(instruction, operands), entry.function, entry.error
+    guard, function = predicate(instruction, operands), entry.function
+    exact, error = entry.exact, entry.error
 
     if len(writers) == 2:
 
@@ -97,8 +98,9 @@ def _compile(number: int, instruction: Instruction, operands: Operands, granule:
     def simple(batch: Batch) -> None:
         inputs = [read(batch) for read in readers]
         value = function(*inputs)
-        if error is not None and batch.approximate is not None:
-            value = disturb(value, error(value, *inputs), batch.approximate, inputs)
+        if exact is not None and error is not None and batch.approximate is not None:
+            true = exact(*inputs)
+            value = disturb(value, true, error(true, *inputs), batch.approximate, inputs)
         write(batch, value.astype(dtype) if widen else value, guard(batch))
 
     return simple
@@ -149,8 +151,11 @@ def _move(instruction: Instruction, operands: Operands) -> Step:
     return pack
 
 
-def disturb(value: Array, bound: Array, seed: int, inputs: list[Array]) -> Array:
-    """Returns values off by at most ``bound``: the same error for the same inputs, as of a table in silicon."""
+def disturb(value: Array, true: Array, bound: Array, seed: int, inputs: list[Array]) -> Array:
+    """Returns values at most ``bound`` from the true ones: the same for the same inputs, as from a table in silicon.
+
+    A result that the manual tables, 0 or infinite, or 2^0, stays as it is.
+    """
     mix = np.full(np.shape(value), (seed * 0x9E3779B9 + 1) & 0xFFFFFFFF, np.uint32)
     for x in inputs:
         mix = (mix ^ np.asarray(x, np.float32).view(np.uint32)) * np.uint32(2654435761)
@@ -158,12 +163,11 @@ def disturb(value: Array, bound: Array, seed: int, inputs: list[Array]) -> Array
     mix = mix * np.uint32(2246822519)
     unit = (mix ^ (mix >> np.uint32(13))).astype(np.float64) / 2.0**31 - 1.0
     # a quarter of all results is as far off as the manual allows
-    moved = value.astype(np.float64) + bound * np.clip(unit * (4 / 3), -1, 1)
-    # rounding must not lead beyond the bound
-    rounded = moved.astype(np.float32)
-    far = np.abs(rounded.astype(np.float64) - value) > bound
-    rounded = np.where(far, np.nextafter(rounded, value), rounded)
-    return np.where(np.isfinite(value) & (value != 0), rounded, value).astype(np.float32)
+    moved = (true + bound * np.clip(unit * (4 / 3), -1, 1)).astype(np.float32)
+    moved = np.where(np.abs(moved - true) > bound, np.nextafter(moved, true.astype(np.float32)), moved)
+    moved = np.where(np.abs(moved - true) > bound, value, moved)
+    tabled = ~np.isfinite(value) | (value == 0) | (value == 1) & (true == 1)
+    return np.where(tabled, value, moved).astype(np.float32)
 
 
 @dataclass

@@ -13,12 +13,14 @@ from ptx.registers import KINDS, Array
 class Semantics(NamedTuple):
     """``result = function(*sources)``. ``results`` has two kinds where an instruction writes two predicates.
 
-    ``error(exact, *sources)``, of an approximation, returns how far from the exact value the manual lets it be.
+    Of an approximation, ``exact(*sources)`` is the true result in float64 and ``error(true, *sources)`` how far from it
+    the manual lets the instruction be.
     """
 
     results: tuple[str, ...]
     sources: tuple[str, ...]
     function: Callable[..., Array]
+    exact: Callable[..., Array] | None = None
     error: Callable[..., Array] | None = None
 
 
@@ -30,10 +32,11 @@ def define(
     results: str,
     sources: str,
     function: Callable[..., Array],
+    exact: Callable[..., Array] | None = None,
     error: Callable[..., Array] | None = None,
 ) -> None:
     """Enters an instruction; kinds are separated by blanks."""
-    entry = Semantics(tuple(results.split()), tuple(sources.split()), function, error)
+    entry = Semantics(tuple(results.split()), tuple(sources.split()), function, exact, error)
     key = opcode, len(entry.sources)
     assert key not in TABLE, key
     assert all(kind in KINDS for kind in entry.results + entry.sources), opcode

@@ -48,7 +48,7 @@ _INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
 _SHARED = re.compile(r"(?:\.extern\s+)?\.shared\s+(?:\.align\s+(\d+)\s+)?\.b8\s+([\w$]+)\[(\d*)\]")
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)\s.*?([\w$]+)\s*$", re.S)
-_IGNORED = (".pragma", ".loc", ".file")
+_LOCATION = re.compile(r"\s*\.loc\s")
 
 
 def parse(ptx: str) -> Program:
@@ -93,7 +93,7 @@ class _Body:
         pending = ""
         for line in text.splitlines():
             code, _, comment = line.partition("//")
-            if code.lstrip().startswith(".loc"):
+            if _LOCATION.match(code):
                 self.source = ":".join(comment.strip().split(":")[:2])
                 continue
             pending = self._statements(f"{pending} {code}")
@@ -122,7 +122,7 @@ class _Body:
         return ""
 
     def _statement(self, text: str) -> None:
-        if not text or text.startswith(_IGNORED):
+        if not text or text.startswith(".pragma"):
             return
         if registers := _REGISTERS.match(text):
             for name in registers[2].split(","):

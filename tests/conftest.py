@@ -1,12 +1,13 @@
 """Set up before any test module is imported: Triton's interpreter where there is no CUDA device, threads, seeds."""
 
 import os
+import re
 import sys
 
 import pytest
 import torch
 
-if "ptx" in sys.argv:  # `pytest -m ptx`: kernels are compiled and run on the PTX machine (tests/kernels/ptx)
+if re.search(r"-m\0(?!not )[^\0]*\bptx\b", "\0".join(sys.argv)):  # `pytest -m ptx`: kernels run on the PTX machine
     os.environ.setdefault("PREFKERN_PTX", "sm_90")
 if "PREFKERN_PTX" in os.environ:
     os.environ.pop("TRITON_INTERPRET", None)

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from ptx import session
+from ptx.session import ptx, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 
 DEVICES = [pytest.param("ptx", marks=pytest.mark.ptx)] if session.requested() else ["interpreter"]
-ptx = session.ptx
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if (line := session.summary()) is not None:
-        terminalreporter.write_line(line)
 
 
 @pytest.fixture(params=[*DEVICES, pytest.param("cuda:0", marks=pytest.mark.gpu)])

@@ -71,8 +71,19 @@ def total_of(made: device.Device) -> Counter[str]:
     return out
 
 
-def summary() -> str | None:
-    """Returns what the session ran, in words."""
-    if not TOTALS:
-        return None
-    return f"PTX machine ({os.environ[VARIABLE] or 'sm_90'}): " + ", ".join(f"{n:,} {what}" for what, n in TOTALS.items())
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what needs the machine where the session has none: ``pytest -m ptx`` runs it."""
+    if requested():
+        return
+    chosen = [item for item in items if item.get_closest_marker("ptx") is None]
+    left_out = [item for item in items if item.get_closest_marker("ptx") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = chosen
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what the machine ran."""
+    if TOTALS:
+        counts = ", ".join(f"{count:,} {what}" for what, count in TOTALS.items())
+        terminalreporter.write_line(f"PTX machine ({os.environ[VARIABLE]}): {counts}")

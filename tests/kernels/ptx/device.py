@@ -19,7 +19,8 @@ _BITS = {"fp16": np.float16, "fp32": np.float32, "fp64": np.float64}
 class Utils:
     """What Triton asks of a driver's library."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile_only: bool) -> None:
+        self.compile_only = compile_only
         self.kernels: list[Kernel] = []
 
     def get_device_properties(self, device: int) -> dict[str, int]:
@@ -27,7 +28,8 @@ class Utils:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        self.kernels.append(Kernel(binary.decode()))
+        if not self.compile_only:
+            self.kernels.append(Kernel(binary.decode()))
         return 1, len(self.kernels) - 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
@@ -37,10 +39,10 @@ class Utils:
 class Device:
     """The driver: the target that Triton compiles for, and how launches run."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, target: str, compile_only: bool) -> None:
+        self.target, self.compile_only = target, compile_only
         self.run = Run()
-        self.utils = Utils()
+        self.utils = Utils(compile_only)
 
     @property
     def capability(self) -> int:
@@ -89,6 +91,8 @@ class Launcher:
     def __call__(
         self, x: int, y: int, z: int, stream: int, function: int, packed: Any, data: Any, enter: Any, leave: Any, *args: Any
     ) -> None:
+        if self.device.compile_only:
+            return
         bits: list[int] = []
         extents: list[Extent] = []
         for name, kind, value in zip(self.names, self.kinds, args, strict=True):
@@ -132,11 +136,12 @@ def _stand_in() -> type:
     return Backend
 
 
-def install(target: str = "sm_90") -> Device:
+def install(target: str = "sm_90", compile_only: bool = False) -> Device:
     """Makes every kernel that is launched from now on run on the machine; returns the device.
 
     It must precede the import of the kernels in a process without ``TRITON_INTERPRET``. The target may be changed
-    afterwards: ``device.target = "sm_80"``.
+    afterwards: ``device.target = "sm_80"``. With ``compile_only`` a launch compiles, down to the assembler's output, and
+    runs nothing.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("ptx: TRITON_INTERPRET=1 is set, so that kernels are not compiled: unset it")
@@ -145,8 +150,9 @@ def install(target: str = "sm_90") -> Device:
     import triton
     from triton import backends
 
-    device = Device(target)
-    nvidia = backends.backends["nvidia"]
-    backends.backends["nvidia"] = type(nvidia)(compiler=_stand_in(), driver=nvidia.driver)
+    device = Device(target, compile_only)
+    if not compile_only:
+        nvidia = backends.backends["nvidia"]
+        backends.backends["nvidia"] = type(nvidia)(compiler=_stand_in(), driver=nvidia.driver)
     triton.runtime.driver.set_active(device)
     return device

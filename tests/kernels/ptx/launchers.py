@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefkern import testing
+from prefkern.testing import divergences
 from prefkern.types import DivergenceRows, LogitForm, RowStats
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -277,6 +278,9 @@ def divergence_fwd(shape: Shape, beta: float, dtype: str, held: str | None, entr
     def results() -> dict[str, Result]:
         wide = [testing.divergence_from_logits(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT)]
         found: dict[str, Result] = {"divergence": (value, wide[0], wide[1])}
+        exact, eager = (_divergence_rows(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT))
+        for name, got in rows._asdict().items():
+            found[name] = (got, getattr(exact, name), getattr(eager, name))
         if out is not None and peak is None:  # a peak scales rows by their bound
             u = [testing.unscaled_divergence(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT)]
             found["u"] = (out, u[0], u[1].to(out.dtype))
@@ -299,7 +303,7 @@ def divergence_bwd(shape: Shape, beta: float, dtype: str, written: str, c: bool,
 
     tile, ref, scored, (form, ref_form) = _pair(shape, dtype, full)
     oracle = {"beta": beta, "scored": scored, "form": form, "ref_form": ref_form}
-    rows = _exact_divergence_rows(tile, ref, beta, scored, form, ref_form)
+    rows = DivergenceRows._make(value.float() for value in _divergence_rows(tile, ref, dtype=torch.float64, **oracle))
     factor = torch.randn(shape.rows) if c else None
     out = empty(shape, DTYPES[written])
 
@@ -319,25 +323,30 @@ def divergence_bwd(shape: Shape, beta: float, dtype: str, written: str, c: bool,
     )
 
 
-def _exact_divergence_rows(
-    tile: Tensor, ref: Tensor, beta: float, scored: Tensor | None, form: LogitForm, ref_form: LogitForm
+def _divergence_rows(
+    tile: Tensor,
+    ref: Tensor,
+    *,
+    beta: float,
+    scored: Tensor | None,
+    form: LogitForm,
+    ref_form: LogitForm,
+    dtype: torch.dtype,
 ) -> DivergenceRows:
-    """Returns what the forward would have left, by float64."""
+    """Returns what the forward leaves for the backward, by the oracle."""
     targets = torch.zeros(len(tile), dtype=torch.int64)
     if scored is not None:
         targets = targets.masked_fill(~scored, testing.IGNORE)
-    one, two = (testing.stats_from_logits(t, targets, **f._asdict()) for t, f in ((tile, form), (ref, ref_form)))
+    pairs = ((tile, form), (ref, ref_form))
+    one, two = (testing.stats_from_logits(t, targets, dtype=dtype, **f._asdict()) for t, f in pairs)
     where = {"scored": scored, "form": form, "ref_form": ref_form}
     if beta in (0.0, 1.0):
-        center = testing.divergence_from_logits(tile, ref, beta=beta, **where)
-    else:
-        from prefkern.testing import divergences
-
-        lp, lq = (divergences._log_probs(t.double(), f)[0] for t, f in ((tile, form), (ref, ref_form)))
+        center = testing.divergence_from_logits(tile, ref, beta=beta, dtype=dtype, **where)
+    else:  # KL(p || m)
+        lp, lq = (divergences._log_probs(t.to(dtype), f)[0] for t, f in pairs)
         center = divergences._gap(lp, divergences._mixture(lp, lq, beta)).sum(-1)
         center = center if scored is None else center.masked_fill(~scored, 0.0)
-    exact = (one.row_max, one.log_sum, two.row_max, two.log_sum, center)
-    return DivergenceRows._make(value.float() for value in exact)
+    return DivergenceRows(one.row_max, one.log_sum, two.row_max, two.log_sum, center)
 
 
 _SUBSETS = tuple("".join(letters) for n in range(5) for letters in itertools.combinations("eqmt", n))

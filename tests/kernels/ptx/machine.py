@@ -26,6 +26,7 @@ class Kernel:
     here, before anything runs."""
 
     def __init__(self, ptx: str) -> None:
+        self.text = ptx
         self.program = program = parse(ptx)
         operands = Operands(program)
         forms = [form_of(instruction) for instruction in program.code]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from ptx import session
 from ptx.session import ptx, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 

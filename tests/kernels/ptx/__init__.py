@@ -1,4 +1,4 @@
-"""A machine that executes the PTX of Triton's kernels on a CPU, thread by thread, and reports what a GPU would not forgive.
+"""A machine that executes the PTX of Triton's kernels on a CPU, thread by thread, and reports what no GPU forgives.
 
 A kernel takes the road that it takes on a GPU: its launcher, the JIT's specialisation of the actual arguments, TTGIR,
 LLVM, PTX. Only the launch is the machine's: it runs the instructions on the memory of the CPU tensors it was given, all
@@ -7,9 +7,9 @@ shared memory that nobody wrote, 32-bit overflow in an address, or barrier that 
 
     from ptx import device
     machine = device.install("sm_90")        # before any kernel is launched; TRITON_INTERPRET must not be set
-    machine.schedule = "random"
+    machine.run.schedule = "random"
     kernel[(rows,)](...)                     # CPU tensors
-    machine.launches[-1].barriers
+    machine.run.launches[-1].barriers
 
 `parsing` reads the text, `registers` holds values, `integers`, `floats`, `conversions` say what instructions compute,
 `collectives` what a warp does together, `accesses` loads and stores, `memory` which bytes exist, `races` who may touch

@@ -185,8 +185,9 @@ def settle(
 ) -> None:
     """Lanes of a warp that write one place together should write the same: any of them may win on a GPU.
 
-    Triton 3.9 stores a warp's sum from all of its lanes. Where the compiler contracted the first step of the butterfly to
-    ``fma(w, x, other lane's)`` they differ in the last bit: in shared memory that is counted, and a fault if `Run.strict`.
+    Triton 3.9 stores a warp's sum from all of its lanes. Where the compiler contracted the first step of the butterfly
+    to ``fma(w, x, other lane's)`` they differ in the last bit: in shared memory that is counted, and a fault if
+    `Run.strict`.
     """
     lost = contested.any(1)
     differ = (storage.load(offset[lost], word, values.shape[1]) != values[lost]).any(1)

@@ -23,6 +23,7 @@ class Settings(Protocol):
 
     schedule: str
     approximate: int | None
+    divisions: bool
     strict: bool
 
 
@@ -43,6 +44,7 @@ class Batch:
     ) -> None:
         self.program, self.parameters, self.memory, self.shared = program, parameters, memory, shared
         self.costs, self.approximate, self.strict = costs, run.approximate, run.strict
+        self.divisions = run.divisions
         self.first_wins = run.schedule == "backward"  # of the lanes of a warp that write one place together
         self.programs, threads = len(numbers), program.threads
         self.threads, self.warps = threads, -(-threads // 32)
@@ -90,7 +92,9 @@ class Batch:
         if self.chosen is None:
             return
         if len(self.chosen) != 32 * self.warps_chosen:
-            raise Divergence(f"divergence: {where} is executed by part of a warp: {self.name_lane(self.chosen[0])} is one")
+            raise Divergence(
+                f"divergence: {where} is executed by part of a warp: {self.name_lane(self.chosen[0])} is one"
+            )
 
     def name_lane(self, lane: int) -> str:
         return races.describe(int(self.identity[lane]))

@@ -1,4 +1,4 @@
-"""Conversions (``cvt``): integers to integers, integers and floats into one another, floats to narrower and wider ones."""
+"""Conversions (``cvt``): between integers, between integers and floats, to narrower and wider floats."""
 
 from collections.abc import Callable
 from functools import partial

@@ -89,7 +89,17 @@ class Launcher:
         self.kinds = [src.signature[name] for name in self.names]
 
     def __call__(
-        self, x: int, y: int, z: int, stream: int, function: int, packed: Any, data: Any, enter: Any, leave: Any, *args: Any
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: int,
+        packed: Any,
+        data: Any,
+        enter: Any,
+        leave: Any,
+        *args: Any,
     ) -> None:
         if self.device.compile_only:
             return
@@ -140,8 +150,8 @@ def install(target: str = "sm_90", compile_only: bool = False) -> Device:
     """Makes every kernel that is launched from now on run on the machine; returns the device.
 
     It must precede the import of the kernels in a process without ``TRITON_INTERPRET``. The target may be changed
-    afterwards: ``device.target = "sm_80"``. With ``compile_only`` a launch compiles, down to the assembler's output, and
-    runs nothing.
+    afterwards: ``device.target = "sm_80"``. With ``compile_only`` a launch compiles, down to the assembler's output,
+    and runs nothing.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("ptx: TRITON_INTERPRET=1 is set, so that kernels are not compiled: unset it")

@@ -1,7 +1,7 @@
 """Faults that the machine reports: each is an error on a GPU, or a wrong number there now and then."""
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818
     """A kernel did what no GPU forgives. The message names the instruction, its source line, the program and thread."""
 
 
@@ -29,5 +29,5 @@ class Divergence(Fault):
     """Threads part where the instruction needs them together: a barrier, a shuffle, a warp's reduction."""
 
 
-class UnknownInstruction(Exception):
+class UnknownInstruction(Exception):  # noqa: N818
     """The machine does not know the instruction, or a form of it: it stops rather than guess."""

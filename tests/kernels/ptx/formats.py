@@ -1,4 +1,4 @@
-"""Floating-point formats and exact rounding: bfloat16, flushing of subnormal numbers, sums and products rounded once."""
+"""Floating-point formats and exact rounding: bfloat16, subnormal numbers flushed, sums and products rounded once."""
 
 import numpy as np
 

@@ -108,9 +108,9 @@ def _bfe(kind: str, a: Array, start: Array, length: Array) -> Array:
         last = np.minimum(start + length - one, np.uint64(width - 1))
         sign = np.where(length > 0, (bits >> last) & one, 0).astype(np.uint64)
         held = np.where(start >= width, 0, np.minimum(length, np.uint64(width) - np.minimum(start, width)))
-        field = field | np.where(sign > 0, ~low(~np.uint64(0) + np.zeros_like(field), held.astype(np.uint64)), 0).astype(
-            np.uint64
-        )
+        field = field | np.where(
+            sign > 0, ~low(~np.uint64(0) + np.zeros_like(field), held.astype(np.uint64)), 0
+        ).astype(np.uint64)
     return field.astype(f"u{width // 8}").view(dtype)
 
 

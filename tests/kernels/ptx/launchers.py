@@ -1,13 +1,12 @@
 """The launchers of the library as the machine's tests call them: one table, and the only place that knows signatures.
 
-An entry makes a `Case` of options: what launches the kernel, what it should have written (by float64 and by plain
-float32, for `testing.assert_not_worse`), and how many bytes it must move at least. ``axes`` span every specialisation
-that the launcher can ask of the compiler: the sweep compiles them all, the tests run some.
+An entry makes a `Case` of a shape and options: what launches the kernel, what it should have written (by float64 and by
+plain float32, for `testing.assert_not_worse`), and how many bytes it must move at least. The axes span every
+specialisation that the launcher can ask of the compiler: the sweep compiles them all, `cases` names those that run.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,56 +14,10 @@ from torch import Tensor
 from prefkern import testing
 from prefkern.testing import divergences
 from prefkern.types import DivergenceRows, LogitForm, RowStats
+from ptx.cases import DTYPES, FLOAT, Case, Launcher, Result, Shape, empty, matrix
 
-FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
-DTYPES = {"float32": FLOAT, "bfloat16": BF16, "float16": HALF}
-Result = tuple[Tensor, Tensor, Tensor]  # written, by float64, by plain float32
 STATS = {"e": "entropy", "q": "log_sum_sq_probs", "m": "mean_logit", "t": "is_top1"}
 PEAK = 2.0**14
-
-
-class Shape(NamedTuple):
-    """Rows of a matrix; ``aligned``: rows begin at multiples of 16 elements, which the JIT knows and vectorises."""
-
-    rows: int
-    columns: int
-    aligned: bool
-
-
-class Case(NamedTuple):
-    """A launch, its results by name, and the bytes that it must read and write at least."""
-
-    launch: Callable[[], None]
-    results: Callable[[], dict[str, Result]]
-    read: int
-    written: int
-
-
-class Launcher(NamedTuple):
-    """A launcher of the library: how a case is made of a shape and options, and the options there are."""
-
-    make: Callable[..., Case]
-    axes: dict[str, tuple[Any, ...]]
-
-    def options(self) -> Iterator[dict[str, Any]]:
-        for values in itertools.product(*self.axes.values()):
-            yield dict(zip(self.axes, values, strict=True))
-
-
-def matrix(values: Tensor, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns a copy whose rows are aligned, or begin at odd elements; NaN stands between them."""
-    dtype = dtype or values.dtype
-    rows, columns = values.shape
-    stride = -(-columns // 16) * 16 if shape.aligned else columns + 7 + columns % 2
-    memory = torch.full((rows * stride + 64,), float("nan"), dtype=dtype)
-    start = -(memory.data_ptr() // memory.element_size()) % 64 if shape.aligned else 1
-    out = memory.as_strided((rows, columns), (stride, 1), start)
-    out.copy_(values)
-    return out
-
-
-def empty(shape: Shape, dtype: torch.dtype) -> Tensor:
-    return matrix(torch.full(shape[:2], float("nan")), shape, dtype)
 
 
 def _stats(rows: int, wanted: str) -> RowStats:
@@ -151,7 +104,9 @@ def tile_fwd(
     def results() -> dict[str, Result]:
         found = _compare_stats(stats, *case, options | more)
         if out is not None:
-            want, eager = (testing.unscaled_from_logits(*case, dtype=d, **options, **more) for d in (torch.float64, FLOAT))
+            want, eager = (
+                testing.unscaled_from_logits(*case, dtype=d, **options, **more) for d in (torch.float64, FLOAT)
+            )
             found["u"] = (out, want, eager.to(out.dtype))
         return found
 
@@ -272,7 +227,7 @@ def divergence_fwd(shape: Shape, beta: float, dtype: str, held: str | None, entr
     rows = DivergenceRows._make(testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(5))
     value, spread = (testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(2))
     out = None if held is None else empty(shape, DTYPES[held])
-    peak = PEAK if held == "float16" else None
+    peak = PEAK if held == "fp16" else None
     oracle = {"beta": beta, "scored": scored, "form": form, "ref_form": ref_form}
 
     def results() -> dict[str, Result]:
@@ -290,7 +245,17 @@ def divergence_fwd(shape: Shape, beta: float, dtype: str, held: str | None, entr
     passes = (2 if beta not in (0.0, 1.0) else 1) + (out is not None)
     return Case(
         lambda: divergence.tile_fwd(
-            tile, ref, scored, value, spread if entropy else None, rows, out, form=form, ref_form=ref_form, beta=beta, peak=peak
+            tile,
+            ref,
+            scored,
+            value,
+            spread if entropy else None,
+            rows,
+            out,
+            form=form,
+            ref_form=ref_form,
+            beta=beta,
+            peak=peak,
         ),
         results,
         passes * (2 * live * shape.columns * tile.element_size() + 8 * shape.columns * full),
@@ -352,8 +317,12 @@ def _divergence_rows(
 _SUBSETS = tuple("".join(letters) for n in range(5) for letters in itertools.combinations("eqmt", n))
 _ALL, _FLAG, _SOME = tuple(DTYPES), (False, True), ("", "e", "q", "m", "t", "eqmt")
 LAUNCHERS: dict[str, Launcher] = {
-    "logprobs_fwd": Launcher(logprobs_fwd, {"dtype": _ALL, "wanted": _SUBSETS, "softcap": _FLAG, "temperature": ("one", "rows")}),
-    "logprobs_bwd": Launcher(logprobs_bwd, {"dtype": _ALL, "entropy": _FLAG, "softcap": _FLAG, "temperature": ("one", "rows")}),
+    "logprobs_fwd": Launcher(
+        logprobs_fwd, {"dtype": _ALL, "wanted": _SUBSETS, "softcap": _FLAG, "temperature": ("one", "rows")}
+    ),
+    "logprobs_bwd": Launcher(
+        logprobs_bwd, {"dtype": _ALL, "entropy": _FLAG, "softcap": _FLAG, "temperature": ("one", "rows")}
+    ),
     "tile_fwd": Launcher(tile_fwd, {"held": (None, *_ALL), "wanted": _SOME, "softcap": _FLAG, "bias": _FLAG}),
     "tile_bwd": Launcher(tile_bwd, {"dtype": _ALL, "c": _FLAG, "e": _FLAG, "softcap": _FLAG, "bias": _FLAG}),
     "held_bwd": Launcher(held_bwd, {"dtype": _ALL}),
@@ -366,38 +335,3 @@ LAUNCHERS: dict[str, Launcher] = {
         divergence_bwd, {"beta": (0.0, 1.0, 0.3), "dtype": _ALL, "written": _ALL, "c": _FLAG, "full": _FLAG}
     ),
 }
-
-# what the tests run: the fast ones in every test run, the others with `make ptx`
-FAST: dict[str, tuple[str, dict[str, Any]]] = {
-    "scoring bfloat16": ("logprobs_fwd", {"dtype": "bfloat16", "wanted": "e", "softcap": False}),
-    "gradient bfloat16": ("logprobs_bwd", {"dtype": "bfloat16", "entropy": True, "softcap": False}),
-    "fold, held bfloat16": ("tile_fwd", {"held": "bfloat16", "wanted": "", "softcap": False}),
-    "fold backward": ("tile_bwd", {"dtype": "bfloat16", "c": True, "e": True, "softcap": False}),
-    "held backward": ("held_bwd", {"dtype": "bfloat16"}),
-    "scaled rows": ("scale_rows", {"dtype": "float32", "written": "bfloat16", "post": True, "other": False}),
-    "forward divergence": ("divergence_fwd", {"beta": 0.0, "dtype": "float32", "held": "bfloat16", "entropy": False, "full": False}),
-    "divergence backward": ("divergence_bwd", {"beta": 1.0, "dtype": "float32", "written": "bfloat16", "c": True, "full": False}),
-}
-MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "all statistics float32": ("logprobs_fwd", {"dtype": "float32", "wanted": "eqmt", "softcap": True, "temperature": "rows"}),
-    "all statistics float16": ("logprobs_fwd", {"dtype": "float16", "wanted": "eqmt", "softcap": False}),
-    "all statistics bfloat16": ("logprobs_fwd", {"dtype": "bfloat16", "wanted": "eqmt", "softcap": True}),
-    "gradient float32, softcap": ("logprobs_bwd", {"dtype": "float32", "entropy": True, "softcap": True, "temperature": "rows"}),
-    "gradient float16": ("logprobs_bwd", {"dtype": "float16", "entropy": False, "softcap": False}),
-    "fold without held": ("tile_fwd", {"held": None, "wanted": "m", "softcap": False}),
-    "fold, bias and softcap": ("tile_fwd", {"held": "bfloat16", "wanted": "eqmt", "softcap": True, "bias": True, "temperature": "rows"}),
-    "fold, held float32": ("tile_fwd", {"held": "float32", "wanted": "e", "softcap": False, "temperature": "cold"}),
-    "fold backward, softcap": ("tile_bwd", {"dtype": "float32", "c": True, "e": True, "softcap": True, "bias": True, "temperature": "rows"}),
-    "held backward float32": ("held_bwd", {"dtype": "float32"}),
-    "two scaled rows": ("scale_rows", {"dtype": "bfloat16", "written": "bfloat16", "post": False, "other": True}),
-    "reverse divergence": ("divergence_fwd", {"beta": 1.0, "dtype": "bfloat16", "held": None, "entropy": True, "full": False}),
-    "Jensen-Shannon": ("divergence_fwd", {"beta": 0.3, "dtype": "float32", "held": "bfloat16", "entropy": True, "full": True}),
-    "divergence backward, full": ("divergence_bwd", {"beta": 0.3, "dtype": "float32", "written": "bfloat16", "c": True, "full": True}),
-}
-
-
-def case(name: str, shape: Shape) -> Case:
-    """Returns one of the cases above, with inputs that depend on its name only."""
-    launcher, options = (FAST | MORE)[name]
-    torch.manual_seed(sum(map(ord, name)))
-    return LAUNCHERS[launcher].make(shape, **options)

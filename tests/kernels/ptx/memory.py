@@ -17,7 +17,7 @@ ALIGN = 16  # the widest access
 
 
 class Extent(NamedTuple):
-    """The bytes ``[low, high)`` of a tensor; of a matrix with gaps between its rows, ``width`` bytes every ``pitch``."""
+    """The bytes ``[low, high)`` of a tensor; with gaps between rows, ``width`` bytes every ``pitch``."""
 
     low: int
     high: int

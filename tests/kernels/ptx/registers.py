@@ -1,7 +1,7 @@
 """Registers: a value for each lane, seen as what an instruction takes it for; and how operands are read and written.
 
-A lane is one thread of one program. All lanes of a launch's batch lie in one row per register, so that an instruction is
-one numpy operation on the rows. When only part of the lanes executes it, ``Lanes.chosen`` holds their indices.
+A lane is one thread of one program. All lanes of a batch lie in one row per register, so that an instruction is one
+numpy operation on the rows. When only part of the lanes executes it, ``Lanes.chosen`` holds their indices.
 """
 
 from collections.abc import Callable

@@ -12,6 +12,15 @@ _REGISTERS = """
     .reg .b32 %r<64>;
     .reg .b64 %rd<64>;
 """
+# p0 + size times the thread, in %rd3
+TID = "mov.u32 %r1, %tid.x;\nld.param.b64 %rd1, [p0];\nmul.wide.u32 %rd2, %r1, {size};\nadd.s64 %rd3, %rd1, %rd2;\n"
+
+
+def words(count: int) -> np.ndarray:
+    """Returns zeros that begin at a multiple of 32 bytes."""
+    memory = np.zeros(count + 8, np.uint32)
+    skip = -memory.__array_interface__["data"][0] % 32 // 4
+    return memory[skip : skip + count]
 
 
 def module(body: str, parameters: int, threads: int = 64, shared: int = 0) -> str:

@@ -2,9 +2,9 @@
 
     python tests/kernels/ptx/sweep.py [--oldest] [--target sm_90 ...] [LAUNCHER ...]
 
-The launchers themselves are called, on small tensors, with a device that compiles and runs nothing: so it is the JIT that
-decides how a stride or a pointer specialises the kernel, as on a GPU. ``--oldest`` takes the oldest supported Triton from
-the environment that ``make`` creates. Exit code 1 when one does not compile.
+The launchers themselves are called, on small tensors, with a device that compiles and runs nothing: so it is the JIT
+that decides how a stride or a pointer specialises the kernel, as on a GPU. ``--oldest`` takes the oldest supported
+Triton from the environment that ``make`` creates. Exit code 1 when one does not compile.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def compile_all(targets: list[str], names: list[str]) -> int:
 
 
 def _compiles(name: str, make: Any, options: dict[str, Any], aligned: bool, target: str) -> bool:
-    from ptx.launchers import Shape
+    from ptx.cases import Shape
 
     case = make(Shape(2, 33, aligned), **options)
     try:
@@ -76,12 +76,14 @@ def main() -> int:
     parser.add_argument("launchers", nargs="*", metavar="LAUNCHER")
     parser.add_argument("--oldest", action="store_true", help="with the oldest supported Triton")
     parser.add_argument("--target", nargs="+", default=["sm_90"])
+    parser.add_argument("--verbose", action="store_true", help="show what the compiler prints where it fails")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return int(compile_all(options.target, options.launchers) > 0)
     command = [sys.executable, "-m", "ptx.sweep", "--worker", *options.launchers, "--target", *options.target]
-    return subprocess.run(command, env=environment(options.oldest), cwd=ROOT, check=False).returncode
+    noise = None if options.verbose else subprocess.DEVNULL
+    return subprocess.run(command, env=environment(options.oldest), cwd=ROOT, stderr=noise, check=False).returncode
 
 
 if __name__ == "__main__":

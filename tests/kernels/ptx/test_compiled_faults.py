@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ptx import launchers, schedules, sparse
-from ptx.device import Device
-from ptx.faults import AddressOverflow, Divergence, Fault, Misaligned, OutOfBounds, Race, Uninitialised
-from ptx.launchers import FAST, Shape
-from ptx.machine import Kernel
 
 from prefkern import testing
+from ptx import cases, schedules, sparse
+from ptx.cases import FAST, Shape
+from ptx.device import Device
+from ptx.faults import AddressOverflow, Divergence, Fault, Misaligned, OutOfBounds, Race, Uninitialised
+from ptx.machine import Kernel
 
 pytestmark = pytest.mark.ptx
 
@@ -31,7 +31,9 @@ def test_narrowing_in_place(schedule: str) -> None:
     planted.narrow_in_place[(2,)](x, out, 8192, 8192, LANES=1024, num_warps=8, enable_fp_fusion=True)
     assert torch.equal(out[:, :8192], x.bfloat16())
     with pytest.raises(Race, match=r"planted\.py"):
-        planted.narrow_in_place[(2,)](x, x.view(torch.bfloat16), 8192, 8192, LANES=1024, num_warps=8, enable_fp_fusion=True)
+        planted.narrow_in_place[(2,)](
+            x, x.view(torch.bfloat16), 8192, 8192, LANES=1024, num_warps=8, enable_fp_fusion=True
+        )
 
 
 def test_programs_that_meet(schedule: str) -> None:
@@ -108,7 +110,7 @@ def victim(request: pytest.FixtureRequest, ptx: Device) -> Iterator[Any]:
     ptx.run.only = None
     name = request.param
     count = len(ptx.utils.kernels)
-    launchers.case(name, SHAPE).launch()
+    cases.case(name, SHAPE).launch()
     if len(ptx.utils.kernels) == count:  # compiled before: which of the kernels it is
         entry = ptx.run.launches[-1].kernel
         number = max(i for i, kernel in enumerate(ptx.utils.kernels) if kernel.program.name == entry)
@@ -118,7 +120,7 @@ def victim(request: pytest.FixtureRequest, ptx: Device) -> Iterator[Any]:
 
     def run(text: str) -> Exception | None:
         ptx.utils.kernels[number] = Kernel(text)
-        case = launchers.case(name, SHAPE)
+        case = cases.case(name, SHAPE)
         try:
             case.launch()
             for what, (got, want, eager) in case.results().items():

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from ptx import launchers, sweep
+
+from ptx import cases, launchers, sweep
 from ptx.session import VARIABLE
 
 FAST = "ptx and not slow"
@@ -42,19 +43,23 @@ def test_every_specialisation_compiles(name: str, oldest: bool) -> None:
     if oldest and sweep.oldest_packages() is None:
         pytest.skip(f"{sweep.OLDEST} does not exist: `make test` creates it")
     command = [sys.executable, "-m", "ptx.sweep", "--worker", name]
-    run = subprocess.run(command, env=sweep.environment(oldest), cwd=sweep.ROOT, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(
+        command, env=sweep.environment(oldest), cwd=sweep.ROOT, capture_output=True, text=True, timeout=900
+    )
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     assert ", 0 do not compile" in run.stdout
 
 
 def test_the_sweep_reports_what_does_not_compile(capsys: pytest.CaptureFixture[str]) -> None:
-    def make(shape: launchers.Shape, option: int) -> launchers.Case:
+    def make(shape: cases.Shape, option: int) -> cases.Case:
         def launch() -> None:
             if option == 2 and shape.aligned:
                 raise RuntimeError("PassManager::run failed")
 
-        return launchers.Case(launch, dict, 0, 0)
+        return cases.Case(launch, dict, 0, 0)
 
-    found = [sweep._compiles("kernel", make, {"option": n}, aligned, "sm_90") for n in (1, 2) for aligned in (True, False)]
+    found = [
+        sweep._compiles("kernel", make, {"option": n}, aligned, "sm_90") for n in (1, 2) for aligned in (True, False)
+    ]
     assert found == [True, True, False, True]
     assert capsys.readouterr().out == "FAILS sm_90 kernel(option=2) aligned: RuntimeError: PassManager::run failed\n"

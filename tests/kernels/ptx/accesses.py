@@ -66,24 +66,32 @@ def compile_access(number: int, instruction: Instruction, operands: Operands, gr
     registers = parts(names) or [names]
     if len(registers) != form.count:
         raise UnknownInstruction(str(instruction))
-    touch = (_Global if form.space == "global" else _Shared)(number, instruction, operands, form, address, granule)
+    kind = GlobalTouch if form.space == "global" else SharedTouch
+    touch = kind(number, instruction, operands, form, address, granule, load)
     return (_load if load else _store)(instruction, operands, form, registers, touch)
 
 
-class _Touch:
+class Touch:
     """Where the lanes of an access point, checked; the storage behind it."""
 
     wide = "u64"
 
     def __init__(
-        self, number: int, instruction: Instruction, operands: Operands, form: Form, address: str, granule: int
+        self,
+        number: int,
+        instruction: Instruction,
+        operands: Operands,
+        form: Form,
+        address: str,
+        granule: int,
+        load: bool,
     ) -> None:
         found = _ADDRESS.fullmatch(address)
         if found is None:
             raise UnknownInstruction(str(instruction))
         self.form, self.number, self.granule, self.where = form, number, granule, str(instruction)
         self.block = operands.program.block_of(number)
-        self.load = instruction.opcode.startswith("ld")
+        self.load = load
         self.instruction = instruction
         self.slot = operands.slots.get(found[1])
         self.base = operands.reader(found[1], self.wide)
@@ -109,7 +117,7 @@ class _Touch:
         return first[:, None] + np.arange(count) if count > 1 else first[:, None]
 
 
-class _Global(_Touch):
+class GlobalTouch(Touch):
     def each(self, batch: Batch, mask: Array | None):  # type: ignore[no-untyped-def]
         """Yields, for each region of memory, its storage, the lanes among the active ones (None: all), offsets."""
         overflowed = batch.overflowed.get(self.slot) if self.slot is not None else None
@@ -140,7 +148,7 @@ class _Global(_Touch):
             yield region, lanes, offset, contested
 
 
-class _Shared(_Touch):
+class SharedTouch(Touch):
     wide = "u32"
 
     def each(self, batch: Batch, mask: Array | None):  # type: ignore[no-untyped-def]
@@ -169,6 +177,8 @@ def enter_shared(batch: Batch, index: Array, identity: Array, load: bool, where:
     """Enters accesses to granules of shared memory: they are initialised, and ordered by barriers. Returns which
     writes lost to another lane of their warp."""
     shadow = batch.shared.shadow
+    if batch.shared.in_flight is not None and batch.shared.in_flight[index].any():
+        raise Race(f"race: {where} touches shared memory that an asynchronous copy may still be writing")
     mine = np.broadcast_to(identity[:, None], index.shape)
     if not load:
         return shadow.write(index, mine, where)
@@ -181,7 +191,7 @@ def enter_shared(batch: Batch, index: Array, identity: Array, load: bool, where:
 
 
 def settle(
-    batch: Batch, storage: Storage, offset: Array, values: Array, contested: Array, word: int, touch: "_Touch"
+    batch: Batch, storage: Storage, offset: Array, values: Array, contested: Array, word: int, touch: Touch
 ) -> None:
     """Lanes of a warp that write one place together should write the same: any of them may win on a GPU.
 
@@ -193,14 +203,14 @@ def settle(
     differ = (storage.load(offset[lost], word, values.shape[1]) != values[lost]).any(1)
     if not differ.any():
         return
-    if isinstance(touch, _Global) or batch.strict:
+    if isinstance(touch, GlobalTouch) or batch.strict:
         raise Race(
             f"race: lanes of one warp write different values to one place in {touch.where}: {int(differ.sum())} lose"
         )
     batch.costs.disagreements += int(differ.sum())
 
 
-def _load(instruction: Instruction, operands: Operands, form: Form, registers: list[str], touch: _Touch) -> Step:
+def _load(instruction: Instruction, operands: Operands, form: Form, registers: list[str], touch: Touch) -> Step:
     guard = predicate(instruction, operands)
     # a word narrower than its register is extended: by its sign, or by zeros
     sign = "s" if form.kind[0] == "s" else "u"
@@ -233,7 +243,7 @@ def _load(instruction: Instruction, operands: Operands, form: Form, registers: l
     return step
 
 
-def _store(instruction: Instruction, operands: Operands, form: Form, registers: list[str], touch: _Touch) -> Step:
+def _store(instruction: Instruction, operands: Operands, form: Form, registers: list[str], touch: Touch) -> Step:
     guard = predicate(instruction, operands)
     readers = [operands.reader(name, f"u{8 * form.word}", low=True) for name in registers]
 

@@ -4,7 +4,7 @@ Threads of all programs lie in one row: lane ``thread + threads * program``. Of 
 indices (None: all of them). Threads at the lowest position run first, so that those that parted meet again.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,16 @@ class Settings(Protocol):
     approximate: int | None
     divisions: bool
     strict: bool
+
+
+class Copy(NamedTuple):
+    """An asynchronous copy in flight: its lanes, their group, where in shared memory their words go, the words."""
+
+    lanes: Array
+    group: Array
+    offset: Array
+    words: Array
+    where: str
 
 
 class Batch:
@@ -59,6 +69,8 @@ class Batch:
         self.position = np.zeros(self.size, np.int64)
         self.state = np.full(self.size, READY, np.int8)
         self.overflowed: dict[int, Array] = {}  # by register: lanes whose value wrapped on the way to an address
+        self.copies: list[Copy] = []
+        self.groups = np.zeros(self.size, np.int64)  # of copies, that a lane has committed
         self.special = self._special(grid, numbers, thread)
 
     def _special(self, grid: tuple[int, int, int], numbers: Array, thread: Array) -> dict[str, Array]:

@@ -54,6 +54,7 @@ def _define_all() -> None:
                 lambda a, target=target, rounding=rounding: _to_integer(target, rounding, flush(a)),
             )
         define(f"cvt.{name}.f32.f32", "f32", "f32", rounding)
+        define(f"cvt.{name}.ftz.f32.f32", "f32", "f32", lambda a, rounding=rounding: rounding(flush(a)))
     for kind, encode in (("f16", to_f16), ("bf16", to_bf16)):
         define(f"cvt.rn.{kind}.f32", kind, "f32", encode)
         define(f"cvt.rn.{kind}x2.f32", f"{kind}x2", "f32 f32", partial(_pair, encode))

@@ -39,7 +39,7 @@ def _high(kind: str) -> Callable[[Array, Array], Array]:
     wide = np.int64 if kind[0] == "s" else np.uint64
 
     def high(a: Array, b: Array) -> Array:
-        return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(KINDS[kind].dtype)
+        return (np.multiply(a, b, dtype=wide) >> wide(8 * KINDS[kind].size)).astype(KINDS[kind].dtype)
 
     return high
 
@@ -189,7 +189,7 @@ def _define_all() -> None:
     for kind, wide in (("s16", "s32"), ("u16", "u32"), ("s32", "s64"), ("u32", "u64")):
         define(f"mul.wide.{kind}", wide, f"{kind} {kind}", partial(_wide, kind, wide))
         define(f"mad.wide.{kind}", wide, f"{kind} {kind} {wide}", partial(_wide, kind, wide))
-    for kind in ("s32", "u32"):
+    for kind in ("s16", "u16", "s32", "u32"):
         define(f"mul.hi.{kind}", kind, f"{kind} {kind}", _high(kind))
     for kind in ("s32", "u32", "s64", "u64"):
         define(f"bfe.{kind}", kind, f"{kind} u32 u32", partial(_bfe, kind))

@@ -8,6 +8,7 @@ import numpy as np
 
 from ptx import conversions, floats, integers, overflow  # noqa: F401  (they fill the table of instructions)
 from ptx.accesses import compile_access, form_of
+from ptx.async_copies import compile_copy
 from ptx.batch import DONE, WAITING, Batch
 from ptx.collectives import Step, compile_collective, predicate
 from ptx.counting import Launch
@@ -71,9 +72,11 @@ def _control(program: Program, instruction: Instruction) -> str | None:
 
 
 def _compile(number: int, instruction: Instruction, operands: Operands, granule: int) -> Step:
-    special = compile_access(number, instruction, operands, granule) or compile_collective(instruction, operands)
-    if special is not None:
-        return special
+    for compiler in (compile_access, compile_copy):
+        if (step := compiler(number, instruction, operands, granule)) is not None:
+            return step
+    if (step := compile_collective(instruction, operands)) is not None:
+        return step
     if instruction.opcode.startswith("mov."):
         return _move(instruction, operands)
     entry = lookup(instruction.opcode, len(instruction.operands) - 1)

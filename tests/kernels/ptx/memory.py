@@ -145,3 +145,4 @@ class SharedMemory(Storage):
         self.pitch = (size // ALIGN + 1) * ALIGN
         super().__init__(np.full(programs * self.pitch, 0xDE, np.uint8))
         self.shadow = Shadow("shared memory", programs * self.pitch // granule, granule)
+        self.in_flight: Array | None = None  # granules that an asynchronous copy is going to write

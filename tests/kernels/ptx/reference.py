@@ -228,7 +228,7 @@ def integer(base: str, form: list[str], kind: str, result: str, values: tuple[in
     if base in ("div", "rem"):
         return divided(*values, kind, base == "rem")
     if form[0] == "hi":
-        return wrap(values[0] * values[1] >> 32, kind)
+        return wrap(values[0] * values[1] >> 8 * KINDS[kind].size, kind)
     if base == "bfind":
         return highest(values[0], kind)
     if base == "shf":

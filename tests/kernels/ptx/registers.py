@@ -103,7 +103,7 @@ def immediate(text: str, kind: str) -> Array | None:
         return np.bool_(text not in ("0", "false"))
     else:
         try:
-            bits = int(text, 0)
+            bits = int(text.removesuffix("U"), 0)
         except ValueError:
             return None
     word = np.dtype(f"u{form.size}").type(bits & ((1 << 8 * form.size) - 1))

@@ -244,7 +244,7 @@ def test_an_unknown_instruction_is_refused_before_anything_runs() -> None:
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;",
         "bra nowhere;",
         "add.s32 %rd1, %r2, %r3;",
-        "cp.async.cg.shared.global [%r1], [%rd1], 16;",
+        "cp.async.bulk.commit_group;",
     ):
         with pytest.raises(UnknownInstruction):
             Kernel(snippets.module(text, 1))

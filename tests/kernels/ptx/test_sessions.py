@@ -36,6 +36,7 @@ def test_fast_kernels_with_the_oldest_triton(target: str) -> None:
     assert f"PTX machine ({target})" in run.stdout
 
 
+@pytest.mark.ptx
 @pytest.mark.slow
 @pytest.mark.parametrize("name", launchers.LAUNCHERS)
 @pytest.mark.parametrize("oldest", [False, True], ids=[TODAY, OLDEST])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ptx import snippets
+from ptx import report, snippets
 from ptx.counting import Launch, bank_conflicts
 from ptx.snippets import TID, words
 
@@ -64,6 +64,14 @@ def test_bank_conflicts() -> None:
     assert bank_conflicts(lane * 32, 16, warp) == 4  # two of eight lanes meet, in each quarter
     both = np.concatenate([lane * 8, lane * 4])
     assert bank_conflicts(both, 4, np.repeat([0, 1], 32)) == 1
+
+
+def test_the_report_is_a_table() -> None:
+    line = ("fold", "15.1", "1.000", "-", "0.996", "3.0", "0")
+    assert report.table([line]).splitlines()[1:] == [
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| fold | 15.1 | 1.000 | - | 0.996 | 3.0 | 0 |",
+    ]
 
 
 def test_instructions_and_barriers_are_counted_per_warp_and_per_program() -> None:

@@ -12,8 +12,8 @@ shared memory that nobody wrote, 32-bit overflow in an address, or barrier that 
     machine.run.launches[-1].barriers
 
 `parsing` reads the text, `registers` holds values, `integers`, `floats`, `conversions` say what instructions compute,
-`collectives` what a warp does together, `accesses` loads and stores, `async_copies` those that come late, `memory`
-which bytes exist, `races` who may touch them, `overflow` which addresses wrapped, `schedules` who runs next, `counting` what
-it cost, `machine` runs a launch, `device` makes Triton believe in it. The library's launchers are known to `launchers`
-only; `cases` names what the tests run, `sweep` compiles everything, `report` shows what kernels cost.
+`collectives` what a warp does together, `accesses`, `matrices`, `async_copies` what reaches memory. `memory`
+knows which bytes exist, `races` who may touch them, `overflow` which addresses wrapped, `schedules` who runs next,
+`counting` what it cost. `machine` runs a launch, `device` makes Triton believe in it. The library's launchers are known
+to `launchers` only; `cases` names what the tests run, `sweep` compiles everything, `report` shows what kernels cost.
 """

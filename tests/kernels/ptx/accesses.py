@@ -1,13 +1,13 @@
 """Loads and stores: what they are allowed to touch, what they read and write, what they cost."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from ptx.batch import Batch
-from ptx.collectives import Step, predicate, together
+from ptx.collectives import Step, predicate
 from ptx.counting import bank_conflicts
 from ptx.faults import AddressOverflow, Misaligned, OutOfBounds, Race, Uninitialised, UnknownInstruction
 from ptx.memory import Storage
@@ -15,14 +15,14 @@ from ptx.parsing import Instruction
 from ptx.registers import KINDS, Array, Operands, parts
 
 _HINTS = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt"}
-_ADDRESS = re.compile(r"\[\s*(\S+?)\s*(?:\+\s*(-?\w+)\s*)?\]")
+ADDRESS = re.compile(r"\[\s*(\S+?)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
 
 class Form(NamedTuple):
     """``ld.global.v4.b32``: the space, the words, the kind of one."""
 
     space: str
-    count: int
+    words: int
     kind: str
 
     @property
@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
     @property
     def total(self) -> int:
-        return self.word * self.count
+        return self.word * self.words
 
 
 def form_of(instruction: Instruction) -> Form | None:
@@ -54,8 +54,6 @@ def form_of(instruction: Instruction) -> Form | None:
 def compile_access(number: int, instruction: Instruction, operands: Operands, granule: int) -> Step | None:
     """Returns what executes a load or store; None where the instruction is neither. ``number`` is its position,
     ``granule`` the bytes that shared memory is watched by."""
-    if instruction.opcode.startswith(("ldmatrix.", "stmatrix.")):
-        return _matrix(instruction, operands, granule)
     form = form_of(instruction)
     if form is None:
         return None
@@ -64,11 +62,21 @@ def compile_access(number: int, instruction: Instruction, operands: Operands, gr
     load = instruction.opcode.startswith("ld")
     names, address = instruction.operands if load else reversed(instruction.operands)
     registers = parts(names) or [names]
-    if len(registers) != form.count:
+    if len(registers) != form.words:
         raise UnknownInstruction(str(instruction))
     kind = GlobalTouch if form.space == "global" else SharedTouch
     touch = kind(number, instruction, operands, form, address, granule, load)
     return (_load if load else _store)(instruction, operands, form, registers, touch)
+
+
+class Placed(NamedTuple):
+    """Accesses in one region of memory: which of the active lanes (None: all), at which offsets, and of stores which
+    granules of each lost to another lane (None: none)."""
+
+    storage: Storage
+    lanes: Array | None
+    offset: Array
+    contested: Array | None
 
 
 class Touch:
@@ -86,7 +94,7 @@ class Touch:
         granule: int,
         load: bool,
     ) -> None:
-        found = _ADDRESS.fullmatch(address)
+        found = ADDRESS.fullmatch(address)
         if found is None:
             raise UnknownInstruction(str(instruction))
         self.form, self.number, self.granule, self.where = form, number, granule, str(instruction)
@@ -96,6 +104,10 @@ class Touch:
         self.slot = operands.slots.get(found[1])
         self.base = operands.reader(found[1], self.wide)
         self.offset = KINDS[self.wide].dtype(int(found[2] or "0", 0) & ((1 << 8 * KINDS[self.wide].size) - 1))
+
+    def each(self, batch: Batch, mask: Array | None) -> Iterator[Placed]:
+        """Checks and enters the accesses of the active lanes, and yields them by regions of memory."""
+        raise NotImplementedError
 
     def addresses(self, batch: Batch, mask: Array | None) -> Array:
         """Returns the addresses of the active lanes, which are multiples of the width."""
@@ -118,8 +130,7 @@ class Touch:
 
 
 class GlobalTouch(Touch):
-    def each(self, batch: Batch, mask: Array | None):  # type: ignore[no-untyped-def]
-        """Yields, for each region of memory, its storage, the lanes among the active ones (None: all), offsets."""
+    def each(self, batch: Batch, mask: Array | None) -> Iterator[Placed]:
         overflowed = batch.overflowed.get(self.slot) if self.slot is not None else None
         if overflowed is not None:
             bad = batch.of(overflowed) if mask is None else batch.of(overflowed) & mask
@@ -145,13 +156,13 @@ class GlobalTouch(Touch):
                 contested = region.shadow.write(index, mine, self.where)
             costs = batch.costs.access(self.number, self.block, self.load, self.instruction)
             costs.add(region, offset, self.form.total, of_warp)
-            yield region, lanes, offset, contested
+            yield Placed(region, lanes, offset, contested)
 
 
 class SharedTouch(Touch):
     wide = "u32"
 
-    def each(self, batch: Batch, mask: Array | None):  # type: ignore[no-untyped-def]
+    def each(self, batch: Batch, mask: Array | None) -> Iterator[Placed]:
         address = self.addresses(batch, mask).astype(np.int64)
         base, identity, warp = (batch.of(values) for values in (batch.shared_base, batch.identity, batch.warp))
         if mask is not None:
@@ -161,7 +172,7 @@ class SharedTouch(Touch):
         index = self.granules(offset, self.granule)
         contested = enter_shared(batch, index, identity, self.load, self.where)
         batch.costs.conflicts += bank_conflicts(address, self.form.total, warp)
-        yield batch.shared, None, offset, contested
+        yield Placed(batch.shared, None, offset, contested)
 
 
 def check_shared(batch: Batch, address: Array, total: int, where: str) -> None:
@@ -210,6 +221,17 @@ def settle(
     batch.costs.disagreements += int(differ.sum())
 
 
+def load_active(batch: Batch, mask: Array | None, touch: Touch, form: Form) -> Array:
+    """Returns the words that the active lanes load, [lanes, words]; zeros in the others."""
+    active = slice(None) if mask is None else np.flatnonzero(mask)
+    values = np.zeros((batch.count, form.words), f"u{form.word}")
+    for storage, lanes, offset, _ in touch.each(batch, mask):
+        values[active if lanes is None else np.arange(batch.count)[active][lanes]] = storage.load(
+            offset, form.word, form.words
+        )
+    return values
+
+
 def _load(instruction: Instruction, operands: Operands, form: Form, registers: list[str], touch: Touch) -> Step:
     guard = predicate(instruction, operands)
     # a word narrower than its register is extended: by its sign, or by zeros
@@ -225,18 +247,7 @@ def _load(instruction: Instruction, operands: Operands, form: Form, registers: l
         mask = guard(batch)
         if mask is not None and not mask.any():
             return
-        values = None
-        for storage, lanes, offset, _ in touch.each(batch, mask):  # type: ignore[attr-defined]
-            words = storage.load(offset, form.word, form.count)
-            if lanes is None:
-                values = words
-            else:
-                values = np.zeros((len(lanes), form.count), words.dtype) if values is None else values
-                values[lanes] = words
-        if mask is not None:
-            spread = np.zeros((batch.count, form.count), values.dtype)
-            spread[mask] = values
-            values = spread
+        values = load_active(batch, mask, touch, form)
         for i, (write, dtype) in enumerate(zip(writers, dtypes, strict=True)):
             write(batch, values[:, i].view(narrow).astype(dtype, copy=False), mask)
 
@@ -253,7 +264,7 @@ def _store(instruction: Instruction, operands: Operands, form: Form, registers: 
             return
         columns = [np.broadcast_to(read(batch), (batch.count,)) for read in readers]
         values = np.stack(columns, 1) if mask is None else np.stack([column[mask] for column in columns], 1)
-        for storage, lanes, offset, contested in touch.each(batch, mask):  # type: ignore[attr-defined]
+        for storage, lanes, offset, contested in touch.each(batch, mask):
             own = values if lanes is None else values[lanes]
             if contested is not None and batch.first_wins:
                 storage.store(offset[::-1], form.word, own[::-1])
@@ -269,7 +280,7 @@ def _parameter(instruction: Instruction, operands: Operands, form: Form) -> Step
     """``ld.param``: one value for all lanes; a signed one is extended to its register."""
     target, address = instruction.operands
     name = address.strip("[] ")
-    if form.count != 1 or not instruction.opcode.startswith("ld") or name not in operands.program.parameters:
+    if form.words != 1 or not instruction.opcode.startswith("ld") or name not in operands.program.parameters:
         raise UnknownInstruction(str(instruction))
     kind = f"{'s' if form.kind[0] == 's' else 'u'}{8 * operands.size(target)}"
     write, guard = operands.writer(target, kind), predicate(instruction, operands)
@@ -279,53 +290,5 @@ def _parameter(instruction: Instruction, operands: Operands, form: Form) -> Step
         bits = batch.parameters[name] & ((1 << 8 * form.word) - 1)
         value = np.array([bits], f"u{form.word}").view(narrow).astype(KINDS[kind].dtype)[0]
         write(batch, value, guard(batch))
-
-    return step
-
-
-def _matrix(instruction: Instruction, operands: Operands, granule: int) -> Step:
-    """Eight by eight 16-bit matrices; lanes 8 i to 8 i + 7 point to the rows of matrix i."""
-    found = re.fullmatch(
-        r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16", instruction.opcode
-    )
-    if found is None or len(instruction.operands) != 2:
-        raise UnknownInstruction(str(instruction))
-    load, count, transposed = found[1] == "ld", int(found[2]), found[3] is not None
-    names, address = instruction.operands if load else reversed(instruction.operands)
-    registers = parts(names) or [names]
-    at = _ADDRESS.fullmatch(address)
-    if at is None or len(registers) != count:
-        raise UnknownInstruction(str(instruction))
-    base, shift = operands.reader(at[1], "u32"), int(at[2] or "0", 0)
-    access: list[Callable[..., Array]] = [(operands.writer if load else operands.reader)(n, "b16x2") for n in registers]
-    guard, where = predicate(instruction, operands), str(instruction)
-    lane = np.arange(32)
-    # the row and the columns of the two numbers that a lane holds of each matrix
-    row = np.stack([2 * (lane % 4), 2 * (lane % 4) + 1], 1) if transposed else np.stack([lane // 4] * 2, 1)
-    column = np.stack([lane // 4] * 2, 1) if transposed else np.stack([2 * (lane % 4), 2 * (lane % 4) + 1], 1)
-
-    def step(batch: Batch) -> None:
-        mask = guard(batch)
-        rows = together(batch, base(batch), mask, where).astype(np.int64) + shift
-        on = np.ones(len(rows), bool) if mask is None else mask.reshape(-1, 32)[:, 0]
-        if (rows[on, : 8 * count] % 16).any():
-            raise Misaligned(f"misaligned: a row of {where} does not begin at a multiple of 16")
-        check_shared(batch, rows[on, : 8 * count], 16, where)
-        identity = batch.of(batch.identity).reshape(-1, 32)[on].ravel()
-        start = batch.of(batch.shared_base).reshape(-1, 32)[on]
-        for i, register in enumerate(access):
-            offset = start[:, :, None] + rows[on][:, 8 * i + row] + 2 * column
-            offset = offset.reshape(-1, 2)
-            index = offset // granule if granule >= 2 else (offset[:, :, None] + np.arange(2)).reshape(len(offset), 4)
-            contested = enter_shared(batch, index, identity, load, where)
-            if contested is not None:
-                raise Race(f"race: lanes of one warp write one place in {where}")
-            if load:
-                values = np.zeros((len(on), 32, 2), np.uint16)
-                values[on] = batch.shared.words[2][offset // 2].reshape(-1, 32, 2)
-                register(batch, values.reshape(-1, 2), mask)
-            else:
-                values = register(batch).reshape(-1, 32, 2)[on].reshape(-1, 2)
-                batch.shared.words[2][offset // 2] = values
 
     return step

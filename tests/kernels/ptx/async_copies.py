@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from ptx.accesses import Form, GlobalTouch, Touch, check_shared, enter_shared
+from ptx.accesses import ADDRESS, Form, GlobalTouch, Touch, check_shared, enter_shared, load_active
 from ptx.batch import Batch, Copy
 from ptx.collectives import Step, predicate
 from ptx.faults import Misaligned, UnknownInstruction
@@ -16,7 +16,6 @@ from ptx.parsing import Instruction
 from ptx.registers import Array, Operands
 
 _COPY = re.compile(r"cp\.async\.(ca|cg)\.shared(?:::cta)?\.global(?:\.L2::(?:64|128|256)B)?")
-_PLACE = re.compile(r"\[\s*(\S+?)\s*(?:\+\s*(-?\w+)\s*)?\]")
 
 
 def compile_copy(number: int, instruction: Instruction, operands: Operands, granule: int) -> Step | None:
@@ -42,7 +41,7 @@ def _commit(batch: Batch) -> None:
 
 def _copy(number: int, instruction: Instruction, operands: Operands, granule: int) -> Step:
     size = int(instruction.operands[2], 0)
-    place = _PLACE.fullmatch(instruction.operands[0])
+    place = ADDRESS.fullmatch(instruction.operands[0])
     if place is None:
         raise UnknownInstruction(str(instruction))
     base, shift = operands.reader(place[1], "u32"), int(place[2] or "0", 0)
@@ -60,11 +59,9 @@ def _copy(number: int, instruction: Instruction, operands: Operands, granule: in
         read = on & (length > 0)
         if ((length != size) & (length != 0) & on).any():
             raise UnknownInstruction(f"{where} of part of its bytes")
-        words = np.zeros((batch.count, form.count), np.uint32)  # what is not read is zero
+        words = np.zeros((batch.count, form.words), np.uint32)  # what is not read is zero
         if read.any():
-            active = np.flatnonzero(read)
-            for storage, lanes, offset, _ in source.each(batch, read):  # type: ignore[attr-defined]
-                words[active if lanes is None else active[lanes]] = storage.load(offset, 4, form.count)
+            words = load_active(batch, read, source, form)
         address = np.broadcast_to(base(batch), (batch.count,)).astype(np.int64)[on] + shift
         if (address % size).any():
             raise Misaligned(f"misaligned: {where} writes to addresses that are no multiples of {size}")
@@ -107,5 +104,6 @@ def _land(batch: Batch, pending: int) -> None:
             batch.shared.store(copy.offset[lands], 4, copy.words[lands])
         if not lands.all():
             rest = ~lands
-            left.append(Copy(*(values[rest] for values in copy[:4]), copy.where))
+            lanes, group, offset, words, where = copy
+            left.append(Copy(lanes[rest], group[rest], offset[rest], words[rest], where))
     batch.copies = left

@@ -10,7 +10,7 @@ import numpy as np
 
 from ptx import races
 from ptx.counting import Launch
-from ptx.faults import Divergence
+from ptx.faults import Divergence, UnknownInstruction
 from ptx.memory import GlobalMemory, SharedMemory
 from ptx.parsing import Program
 from ptx.registers import Array, register_rows
@@ -137,10 +137,10 @@ class Batch:
 
     def synchronise_warps(self) -> None:
         """Orders what the lanes of each chosen warp did before with what they do after."""
-        if self.chosen is None:
-            self.identity += 1 << races.SYNC
-        else:
-            self.identity[self.chosen] += 1 << races.SYNC
+        lanes = slice(None) if self.chosen is None else self.chosen
+        self.identity[lanes] += 1 << races.SYNC
+        if ((self.identity[lanes] >> races.SYNC) % (1 << races.WARP - races.SYNC) == 0).any():
+            raise UnknownInstruction("more barriers of a warp between two of its block than the machine tells apart")
 
     def release(self) -> bool:
         """Opens the barrier of each program whose threads all wait there; False when all programs are done."""
@@ -164,6 +164,8 @@ class Batch:
         opened = np.repeat(waiting, self.threads)
         self.state[opened] = READY
         epoch = (self.identity[opened] >> races.EPOCH) + 1
+        if (epoch % (1 << races.PROGRAM - races.EPOCH) == 0).any():
+            raise UnknownInstruction("more barriers in a program than the machine tells apart")
         lane_and_warp = self.identity[opened] & ((1 << races.EPOCH) - 1) & ~(((1 << races.WARP) - 1) ^ 31)
         self.identity[opened] = (epoch << races.EPOCH) | lane_and_warp
         self.costs.barriers += int(waiting.sum())

@@ -204,8 +204,8 @@ def _define_all() -> None:
     for name, left in (("l", True), ("r", False)):
         for mode, clamp in (("wrap", False), ("clamp", True)):
             define(f"shf.{name}.{mode}.b32", "b32", "b32 b32 u32", partial(_funnel, left, clamp))
-    for name, logical in {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.items():
-        define(f"{name}.pred", "pred", "pred pred", logical)
+    for name, truth in {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}.items():
+        define(f"{name}.pred", "pred", "pred pred", truth)
     define("not.pred", "pred", "pred", np.logical_not)
     for kind in ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"):
         define(f"selp.{kind}", kind, f"{kind} {kind} pred", _select)

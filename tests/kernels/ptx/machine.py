@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ptx import conversions, floats, integers, overflow  # noqa: F401  (they fill the table of instructions)
+from ptx import conversions, floats, integers, overflow, races  # noqa: F401  (they fill the table of instructions)
 from ptx.accesses import compile_access, form_of
 from ptx.async_copies import compile_copy
 from ptx.batch import DONE, WAITING, Batch
 from ptx.collectives import Step, compile_collective, predicate
 from ptx.counting import Launch
 from ptx.faults import UnknownInstruction
+from ptx.matrices import compile_matrix
 from ptx.memory import Extent, GlobalMemory, SharedMemory
 from ptx.parsing import Instruction, Program, parse
 from ptx.registers import KINDS, Array, Operands, parts
@@ -72,7 +73,7 @@ def _control(program: Program, instruction: Instruction) -> str | None:
 
 
 def _compile(number: int, instruction: Instruction, operands: Operands, granule: int) -> Step:
-    for compiler in (compile_access, compile_copy):
+    for compiler in (compile_access, compile_copy, compile_matrix):
         if (step := compiler(number, instruction, operands, granule)) is not None:
             return step
     if (step := compile_collective(instruction, operands)) is not None:
@@ -210,6 +211,10 @@ class Run:
         parameters = dict.fromkeys(names, 0) | dict(zip(names, arguments, strict=False))
         total = grid[0] * grid[1] * grid[2]
         numbers = np.array(range(total) if self.only is None else sorted(self.only(total)), np.int64)
+        if len(numbers) >= races.PROGRAMS_AT_MOST:
+            raise ValueError(
+                f"ptx: {len(numbers)} programs are more than the machine tells apart: choose some by `only`"
+            )
         costs = Launch(program.name, grid, len(numbers))
         self.launches.append(costs)
         memory = GlobalMemory(extents)

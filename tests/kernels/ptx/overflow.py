@@ -23,6 +23,8 @@ _EXACT: dict[str, Callable[..., Array]] = {
     "mad": lambda a, b, c: a * b + c,
 }
 
+_LIMIT = np.int64(1 << 31)
+
 
 def watched(program: Program) -> set[int]:
     """Returns the positions of the instructions whose results flow into a global address."""
@@ -56,12 +58,11 @@ def watch(step: Step, program: Program, number: int, operands: Operands) -> Step
     base, *rest = instruction.opcode.split(".")
     targets = [operands.slots[t] for t in parts(instruction.operands[0]) or [instruction.operands[0]] if t != "_"]
     sources = [operands.slots[s] for s in _sources(instruction.opcode, instruction.operands) if s in operands.slots]
-    limit, exact = None, None
+    exact = None
     if rest[-1] in ("s32", "u32", "b32") and "wide" not in rest and "hi" not in rest:
         exact = _EXACT.get(base)
         if base == "shl":
             exact = lambda a, by: a << np.minimum(by, 31)  # noqa: E731
-        limit = np.int64(1 << 31)
     if exact is not None:
         # PTX names a signed sum add.s32, and by habit an unsigned one too: what counts is the value as a signed number
         readers = [operands.reader(operand, "s32") for operand in instruction.operands[1:]]
@@ -75,7 +76,7 @@ def watch(step: Step, program: Program, number: int, operands: Operands) -> Step
                 out = mark if out is None else out | mark
         if exact is not None:
             value = exact(*(np.asarray(read(batch), np.int64) for read in readers))
-            wrapped = (value >= limit) | (value < -limit)
+            wrapped = (value >= _LIMIT) | (value < -_LIMIT)
             if wrapped.any():
                 out = wrapped if out is None else out | wrapped
         return out

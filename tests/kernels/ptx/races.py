@@ -21,6 +21,7 @@ from ptx.registers import Array
 from ptx.sparse import zeros
 
 SYNC, WARP, EPOCH, PROGRAM = 5, 17, 23, 43  # the first bit of each field; the lane is below
+PROGRAMS_AT_MOST = (1 << 63 - PROGRAM) - 1
 _BOUNDS = np.array([1, 1 << SYNC, 1 << WARP, 1 << EPOCH, 1 << PROGRAM])
 _SAME, _LANE, _SYNCED, _WARP, _BARRIER, _PROGRAM = range(6)
 ONE, LANES, WARPS, PROGRAMS = range(4)

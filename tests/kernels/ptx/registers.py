@@ -67,13 +67,13 @@ def register_rows(program: Program, lanes: int) -> dict[str, list[Array]]:
     for kind in program.registers.values():
         counts[_size(kind)] = counts.get(_size(kind), 0) + 1
     rows: dict[str, list[Array]] = {"pred": list(np.zeros((counts.get(1, 0), lanes), np.bool_))}
-    for size, word in _WORDS.items():
+    for size, unsigned in _WORDS.items():
         noise = _NOISE & ((1 << 8 * size) - 1)
-        bank = np.full((counts.get(size, 0), lanes), noise, word)
-        for name, kind in KINDS.items():
-            if kind.size == size:
-                shape = bank.shape if kind.parts == 1 else (*bank.shape, kind.parts)
-                rows[name] = list(bank.view(kind.dtype).reshape(shape))
+        bank = np.full((counts.get(size, 0), lanes), noise, unsigned)
+        for name, form in KINDS.items():
+            if form.size == size:
+                shape = bank.shape if form.parts == 1 else (*bank.shape, form.parts)
+                rows[name] = list(bank.view(form.dtype).reshape(shape))
     return rows
 
 

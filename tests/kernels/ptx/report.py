@@ -27,7 +27,7 @@ HEADER = (
 def rows(target: str, columns: int, count: int = 4) -> list[tuple[str, ...]]:
     """Returns the lines of the report."""
     machine = device.install(target)
-    out = []
+    out: list[tuple[str, ...]] = []
     for name in FAST | MORE:
         case = cases.case(name, Shape(count, columns, True))
         machine.run.launches = []
@@ -35,7 +35,7 @@ def rows(target: str, columns: int, count: int = 4) -> list[tuple[str, ...]]:
         launch = machine.run.launches[0]
         threads = 32 * sum(launch.instructions.values())
         written = f"{launch.bytes_written / case.written:.3f}" if case.written else "-"
-        cells = (f"{threads / (count * columns):.1f}", f"{launch.bytes_read / case.read:.3f}", written)
+        cells: tuple[str, ...] = (f"{threads / (count * columns):.1f}", f"{launch.bytes_read / case.read:.3f}", written)
         cells += (f"{launch.efficiency:.3f}", f"{launch.barriers / count:.1f}", str(launch.conflicts))
         out.append((name, *cells))
     return out

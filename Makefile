@@ -8,8 +8,7 @@ RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n > 8 ? 8 : n)))
 
-.PHONY: help setup demo ppo ppo-measure test test-python test-rust bench measure measure-engine measure-data architectures cpu-head lint format wheel release compile-report mutants stubtest constraints clean
-
+.PHONY: help setup demo ppo ppo-measure textbook test test-python test-rust ptx bench measure measure-engine measure-data architectures cpu-head lint format wheel release compile-report mutants stubtest constraints clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
@@ -58,6 +57,11 @@ test-python: setup $(TRITON_OLD)/.done
 
 test-rust: setup
 	@PYO3_PYTHON="$(CURDIR)/$(BIN)/python" bash tools/cargo_test.sh
+
+ptx: setup $(TRITON_OLD)/.done ## run the kernels' compiled code on the CPU: three targets, four schedules, both Tritons
+	@$(BIN)/python -m pytest -m ptx -n $(WORKERS) tests/kernels $(ARGS)
+	@PREFKERN_PTX="sm_90 random" PYTHONPATH="$$(echo $(TRITON_OLD)/lib/python3*/site-packages)" \
+		$(BIN)/python -m pytest -m ptx -n $(WORKERS) tests/kernels/ptx/test_kernels.py $(ARGS)
 
 bench: setup ## the side-by-side benchmark: naive eager, TRL, Liger, prefkern
 	@$(BIN)/python -m prefkern bench $(ARGS)

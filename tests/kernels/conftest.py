@@ -1,4 +1,5 @@
-"""Every kernel case runs twice: in the interpreter, and (``-m gpu``) on a CUDA device when there is one."""
+"""Every kernel case runs three times: in the interpreter, compiled on the PTX machine (``-m ptx``, a process of its
+own), and (``-m gpu``) on a CUDA device when there is one."""
 
 import os
 from collections.abc import Callable
@@ -7,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from ptx import session
+from ptx.session import ptx, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
+
+DEVICES = [pytest.param("ptx", marks=pytest.mark.ptx)] if session.requested() else ["interpreter"]
 
 
-@pytest.fixture(params=["interpreter", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*DEVICES, pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the kernels run. In the interpreter their tiles are small, so that few elements make several of them."""
+    if request.param == "ptx":
+        request.getfixturevalue("ptx")
+        return torch.device("cpu")
     if request.param != "interpreter":
         return torch.device(request.param)
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -37,7 +45,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture
 def columns(device: torch.device) -> int:
     """A vocabulary of at least two tiles and a ragged tail, odd, so that rows are not aligned."""
-    return 301 if device.type == "cpu" else 8493
+    return 301 if device.type == "cpu" and not session.requested() else 8493
 
 
 @pytest.fixture

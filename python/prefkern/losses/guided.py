@@ -10,7 +10,7 @@ from prefkern.head.inputs import Head, HeadOptions, Reference, ReferenceOptions
 from prefkern.losses import inputs
 from prefkern.losses.dpo import DPO, DPOOptions, dpo_loss
 from prefkern.losses.linear import sequence_form
-from prefkern.losses.policy import kl_penalty
+from prefkern.losses.ratios import kl_penalty
 from prefkern.losses.reduce import masked_mean, reduce_rows, scored, widen
 from prefkern.losses.reference_model import ReferenceModel
 from prefkern.losses.sequences import pair_logps

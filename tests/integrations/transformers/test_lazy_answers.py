@@ -71,19 +71,22 @@ ANSWERED: dict[str, Callable[[Tensor], Tensor]] = {
     "chunk": lambda z: torch.cat([part.logsumexp(-1) for part in z.chunk(3, dim=1)], 1),
     "rows one by one": lambda z: torch.stack([row.log_softmax(-1).gather(-1, IDS[0][:, None]) for row in z]),
     "cat": lambda z: torch.cat([z[2:], z[:2]]).logsumexp(-1),
-    "narrow, index_select, unsqueeze": lambda z: z.narrow(1, 2, 3)
-    .index_select(0, torch.tensor([3, 1]))
-    .unsqueeze(1)
-    .logsumexp(-1),
+    "narrow, index_select, unsqueeze": lambda z: (
+        z.narrow(1, 2, 3).index_select(0, torch.tensor([3, 1])).unsqueeze(1).logsumexp(-1)
+    ),
     "divided by a number": lambda z: (z / 0.7).logsumexp(-1),
     "times a tensor": lambda z: (torch.tensor(1.5) * z * 2).mul(0.5).logsumexp(-1),
-    "divided by a temperature per row": lambda z: (z / TEMPERATURES.to(z.dtype)).log_softmax(-1).gather(-1, IDS[..., None]),
+    "divided by a temperature per row": lambda z: (
+        (z / TEMPERATURES.to(z.dtype)).log_softmax(-1).gather(-1, IDS[..., None])
+    ),
     "temperatures of flat rows": lambda z: (
         z.view(-1, V) / TEMPERATURES.to(z.dtype).expand(4, 9, 1).reshape(-1, 1)
     ).logsumexp(-1),
     "capped": lambda z: (2.0 * torch.tanh(z / 2.0)).log_softmax(-1).gather(-1, IDS[..., None]),
     "capped, negative and divided": lambda z: (-(torch.tanh(-z / 3.0) * 3.0) / 0.8).logsumexp(-1),
-    "divided in place": lambda z: z.float().div_(0.7).logsumexp(-1) if z.dtype != torch.float64 else z.div_(0.7).logsumexp(-1),
+    "divided in place": lambda z: (
+        z.float().div_(0.7).logsumexp(-1) if z.dtype != torch.float64 else z.div_(0.7).logsumexp(-1)
+    ),
     "in place by an operator": lambda z: _halved(z).logsumexp(-1),
     "clone and detach": lambda z: z.clone().detach().logsumexp(-1) + z.logsumexp(-1),
     "casts": lambda z: z.double().type_as(z).to(z.device).to(z).to(dtype=torch.float64).logsumexp(-1),
@@ -258,7 +261,9 @@ def test_changing_a_slice_in_place_makes_what_it_is_a_slice_of_unusable() -> Non
         part.div_(0.7)
         torch.testing.assert_close(part.logsumexp(-1), expected)
         assert whole.shape == (4, 9, V)
-        with pytest.raises(RuntimeError, match=r"changed in place \(div_ at .*test_lazy_answers.py:\d+\).*use the changed"):
+        with pytest.raises(
+            RuntimeError, match=r"changed in place \(div_ at .*test_lazy_answers.py:\d+\).*use the changed"
+        ):
             whole.logsumexp(-1)
     assert lazy.made_real == 0
 

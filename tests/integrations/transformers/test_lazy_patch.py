@@ -23,7 +23,9 @@ def is_lazy(model: Any) -> bool:
 
 def clean(model: Any) -> bool:
     """Whether nothing of a patch is left in the model."""
-    return not model._forward_pre_hooks and not any("lazy" in name or name == "forward" for each in model.modules() for name in vars(each))
+    return not model._forward_pre_hooks and not any(
+        "lazy" in name or name == "forward" for each in model.modules() for name in vars(each)
+    )
 
 
 def test_patch_holds_until_unpatch() -> None:
@@ -85,7 +87,9 @@ def test_nothing_is_replaced_where_one_of_the_models_is_refused() -> None:
 
 
 def test_a_model_without_an_output_layer_is_refused() -> None:
-    config = transformers.LlamaConfig(vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
         with pytest.raises(TypeError, match="prefkern.lazy_logits: model must be a causal language model"):
             patch(kind(config))
@@ -150,7 +154,9 @@ def test_a_head_that_was_replaced_after_patch_is_refused_until_the_patch_is_rene
     model = tiny()
     patch(model)
     model.resize_token_embeddings(52)
-    with pytest.raises(ValueError, match=r"output layer of LlamaForCausalLM was replaced after patch\(model\).*call unpatch"):
+    with pytest.raises(
+        ValueError, match=r"output layer of LlamaForCausalLM was replaced after patch\(model\).*call unpatch"
+    ):
         model(input_ids=IDS)
     unpatch(model)
     assert clean(model)

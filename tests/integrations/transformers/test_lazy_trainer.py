@@ -93,7 +93,9 @@ def _compare(kind: str, folder: Path, **options: Any) -> tuple[Any, Any, list[li
     return expected, got, gradients, found
 
 
-@pytest.mark.parametrize(("kind", "case"), [*(("llama", case) for case in CASES), *((kind, "plain") for kind in MODELS if kind != "llama")])
+@pytest.mark.parametrize(
+    ("kind", "case"), [*(("llama", case) for case in CASES), *((kind, "plain") for kind in MODELS if kind != "llama")]
+)
 def test_sft_trains_as_without_and_makes_no_logits(kind: str, case: str, tmp_path: Path) -> None:
     expected, got, gradients, found = _compare(kind, tmp_path, **CASES[case])
     assert got == pytest.approx(expected, abs=1e-5)

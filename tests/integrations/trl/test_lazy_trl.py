@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import tiny_trl
-import torch
 
 from prefkern.integrations.transformers import lazy_logits
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 TRAINERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -24,7 +24,10 @@ _ANSWERS: dict[Any, tuple[Callable[..., Any], inspect.Signature]] = {}
 _METADATA = {
     *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")),
     *(getattr(T, name).__get__ for name in ("grad_fn", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_nested")),
-    *(getattr(T, name).__get__ for name in ("is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "_version", "_base")),
+    *(
+        getattr(T, name).__get__
+        for name in ("is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "_version", "_base")
+    ),
     *(T.size, T.dim, T.ndimension, T.numel, T.nelement, T.element_size, T.stride, T.storage_offset, T.get_device),
     *(T.is_contiguous, T.is_floating_point, T.is_complex, T.is_inference, T.__len__, T.__hash__, T.is_same_size),
     *(

@@ -88,8 +88,10 @@ def _same(one: Rows, other: Rows) -> bool:
         return one is other
     pairs = ((one.hidden, other.hidden), (one.matrix.weight, other.matrix.weight))
     same = all(a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() for a, b in pairs)
-    return same and all(getattr(one, name) == getattr(other, name) for name in ("columns", "scale", "cap")) and (
-        one.temperature is other.temperature
+    return (
+        same
+        and all(getattr(one, name) == getattr(other, name) for name in ("columns", "scale", "cap"))
+        and (one.temperature is other.temperature)
     )
 
 

@@ -1,37 +1,18 @@
 //! Whatever offsets, lengths and flags: no panic, no memory touched beyond the slices (AddressSanitizer), and results that
 //! do not depend on threads, on where the outputs lie, or, beyond the bound of `scan`, on vector registers.
 #![no_main]
-#![allow(dead_code)]
-
-#[path = "../../rust/src/gae.rs"]
-mod gae;
-#[path = "../../rust/src/groups.rs"]
-mod groups;
-#[path = "../../rust/src/helpers.rs"]
-mod helpers;
-#[path = "../../rust/src/moments.rs"]
-mod moments;
-#[path = "../../rust/src/packing.rs"]
-mod packing;
-#[path = "../../rust/src/penalty.rs"]
-mod penalty;
-#[path = "../../rust/src/returns.rs"]
-mod returns;
-#[path = "../../rust/src/rows.rs"]
-mod rows;
-#[path = "../../rust/src/scan.rs"]
-mod scan;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
-use gae::{Gae, Input, Masked, Real};
-use groups::{Groups, Method};
-use moments::Moments;
-use penalty::{Estimator, Rewards};
-use returns::Discounted;
-use rows::Rows;
-use scan::Scan;
+use prefkern_core::advantages::gae::{Gae, Input, Masked};
+use prefkern_core::advantages::groups::{self, Groups, Method};
+use prefkern_core::advantages::moments::{self, Moments};
+use prefkern_core::advantages::returns::Discounted;
+use prefkern_core::advantages::token_rewards::{Estimator, Rewards};
+use prefkern_core::batches::packing;
+use prefkern_core::rows::{self, Rows};
+use prefkern_core::scan::{Real, Scan};
 
 #[derive(Arbitrary, Debug)]
 struct Case {
@@ -102,7 +83,7 @@ fn advantages<T: Real + PartialEq + std::fmt::Debug>(
         }
     }
     let (mask, terminated) = (flags(case, 0, cells), flags(case, 3, cells));
-    let bootstrap = numbers::<T>(case, 2, rows.len());
+    let bootstrap = numbers::<T>(case, 2, rows.count());
     let gamma = f64::from(case.gamma) / 255.0;
     let lam = f64::from(case.lam) / 255.0;
     let masked = [Masked::Skip, Masked::Zero, Masked::Read][usize::from(case.masked % 3)];

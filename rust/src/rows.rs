@@ -4,7 +4,7 @@ use std::mem;
 use std::ops::Range;
 use std::sync::Mutex;
 
-use crate::helpers::{Helpers, together};
+use crate::threads::{Helpers, together};
 
 /// The least number of cells in a task, so that handing tasks out costs nothing beside them.
 const CELLS_PER_TASK: usize = 1 << 15;
@@ -32,7 +32,7 @@ impl<'a> Rows<'a> {
         Ok(Rows::Packed(offsets))
     }
 
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         match self {
             Rows::Padded { rows, .. } => *rows,
             Rows::Packed(offsets) => offsets.len() - 1,
@@ -48,7 +48,7 @@ impl<'a> Rows<'a> {
 
     /// The number of cells.
     pub fn total(&self) -> usize {
-        match self.len() {
+        match self.count() {
             0 => 0,
             rows => self.range(rows - 1).end,
         }
@@ -63,15 +63,15 @@ impl<'a> Rows<'a> {
         };
         let mut groups = Vec::new();
         let (mut first, mut cells) = (0, 0);
-        for row in 0..self.len() {
+        for row in 0..self.count() {
             cells += self.range(row).len();
             if cells >= target {
                 groups.push(first..row + 1);
                 (first, cells) = (row + 1, 0);
             }
         }
-        if first < self.len() {
-            groups.push(first..self.len());
+        if first < self.count() {
+            groups.push(first..self.count());
         }
         groups
     }
@@ -158,7 +158,7 @@ mod tests {
         ] {
             for threads in [1, 2, 5] {
                 let covered: Vec<usize> = rows.groups(threads).into_iter().flatten().collect();
-                assert_eq!(covered, (0..rows.len()).collect::<Vec<_>>());
+                assert_eq!(covered, (0..rows.count()).collect::<Vec<_>>());
             }
         }
         assert!(

@@ -4,9 +4,9 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Source, Writer};
-use crate::gae::{Gae, Input, Masked, Real};
-use crate::scan::Scan;
+use crate::advantages::gae::{Gae, Input, Masked};
+use crate::python::buffer::{Call, Dtype, Reader, Source, Writer};
+use crate::scan::{Real, Scan};
 
 /// Number, mean and sum of squared deviations of the scored advantages.
 type Found = (usize, f64, f64);
@@ -100,7 +100,7 @@ fn typed<T: Dtype + Real>(
     let rows = shapes::rows(&call, like, offsets.as_ref())?;
     let bootstrap: Option<Reader<T>> = given
         .bootstrap
-        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.len()))
+        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.count()))
         .transpose()?;
     let problem = Gae {
         rewards: input(&rewards),

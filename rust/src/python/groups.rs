@@ -4,10 +4,10 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
-use crate::gae::Real;
-use crate::groups::{self, Groups, Method};
+use crate::advantages::groups::{self, Groups, Method};
+use crate::python::buffer::{Call, Dtype, Reader, Writer, shape_text};
 use crate::rows::name_rows;
+use crate::scan::Real;
 
 /// Fills `advantages` [B]; float32 or float64. Groups are int64 ids [B], or each `size` consecutive rows.
 #[pyfunction]

@@ -4,8 +4,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::Array;
-use crate::buffer::{Call, Dtype, Writer};
-use crate::exact::{self, Exact};
+use crate::python::buffer::{Call, Dtype, Writer};
+use crate::python::exact_lists::{self, Exact};
 
 /// Copies the numbers of a list (or tuple) of numbers, or with `nested` of lists (or tuples) of numbers, into `values`,
 /// int64 or float64, which holds exactly their number. An element that is no such number is named, as `name[row][position]`
@@ -91,14 +91,14 @@ fn all_exact<T: Dtype + Exact>(
     let mut values: Writer<T> = call.write("values", values)?;
     let mut rest = values.slice_mut();
     if !nested {
-        return Ok(exact::copy(rows, rest));
+        return Ok(exact_lists::copy(rows, rest));
     }
     let mut copied = true;
     each(rows, |_, items| {
         let cells = if copied { items.len()? } else { 0 };
         match std::mem::take(&mut rest).split_at_mut_checked(cells) {
             Some((cells, after)) if copied => {
-                copied = exact::copy(items, cells);
+                copied = exact_lists::copy(items, cells);
                 rest = after;
             }
             _ => copied = false,

@@ -4,9 +4,9 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Source, Writer};
-use crate::gae::Real;
-use crate::moments::{self, Moments};
+use crate::advantages::moments::{self, Moments};
+use crate::python::buffer::{Call, Dtype, Reader, Source, Writer};
+use crate::scan::Real;
 
 fn is_wide(x: Array<'_, '_>) -> bool {
     PyUntypedBuffer::get(x).is_ok_and(|buffer| buffer.item_size() == 8)

@@ -3,8 +3,8 @@
 use pyo3::prelude::*;
 
 use super::Array;
-use crate::buffer::{Call, Reader, Writer};
-use crate::packing;
+use crate::batches::packing;
+use crate::python::buffer::{Call, Reader, Writer};
 use crate::rows::name_rows;
 
 /// Best-fit decreasing of int64 `lengths` [n] into `order` [n] and `offsets` [n + 1]; returns (items placed, bins).

@@ -4,9 +4,10 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer};
-use crate::gae::{Masked, Real};
-use crate::returns::Discounted;
+use crate::advantages::gae::Masked;
+use crate::advantages::returns::Discounted;
+use crate::python::buffer::{Call, Dtype, Reader, Writer};
+use crate::scan::Real;
 
 /// What `discounted_returns` was called with, before the element type is known.
 struct Arguments<'a, 'py> {
@@ -72,7 +73,7 @@ fn typed<T: Dtype + Real>(
     let rows = shapes::rows(&call, like, offsets.as_ref())?;
     let bootstrap: Option<Reader<T>> = given
         .bootstrap
-        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.len()))
+        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.count()))
         .transpose()?;
     let problem = Discounted {
         rewards: rewards.slice(),

@@ -4,9 +4,9 @@ use pyo3::prelude::*;
 
 use super::Array;
 use super::packing::check_lengths;
-use crate::balance;
-use crate::batches::{self, Cost};
-use crate::buffer::{Call, Reader, Writer};
+use crate::batches::balance;
+use crate::batches::token_batches::{self as batches, Cost};
+use crate::python::buffer::{Call, Reader, Writer};
 
 /// The part of each of int64 `lengths` [n], into int64 `part_of` [n].
 #[pyfunction]

@@ -3,8 +3,8 @@
 use pyo3::prelude::*;
 
 use super::Array;
-use crate::buffer::{Call, Dtype, Reader, shape_text};
-use crate::gae::Masked;
+use crate::advantages::gae::Masked;
+use crate::python::buffer::{Call, Dtype, Reader, shape_text};
 use crate::rows::Rows;
 
 /// An argument's name and its shape.

@@ -27,9 +27,9 @@ fn padded(columns: usize, options: Options, pivot: Option<usize>, width: usize) 
     let names = names();
     let sequences =
         Sequences::new(&names[..columns], OFFSETS[..columns].to_vec(), options).unwrap();
-    let mut lengths = vec![0; sequences.len()];
+    let mut lengths = vec![0; sequences.count()];
     sequences.lengths(&mut lengths).unwrap();
-    let mut out = [(); 4].map(|()| vec![-7; sequences.len() * width]);
+    let mut out = [(); 4].map(|()| vec![-7; sequences.count() * width]);
     let [input_ids, completion_mask, mask, positions] = &mut out;
     let batch = Batch {
         input_ids,
@@ -38,7 +38,7 @@ fn padded(columns: usize, options: Options, pivot: Option<usize>, width: usize) 
         position_ids: Some(positions),
     };
     let rows = Rows::Padded {
-        rows: sequences.len(),
+        rows: sequences.count(),
         width,
     };
     sequences

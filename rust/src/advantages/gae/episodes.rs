@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
+use super::Gae;
 use super::runs::bits;
-use super::{Gae, Real};
-use crate::scan::{BLOCK, Episode};
+use crate::scan::{BLOCK, Episode, Real};
 
 /// The episodes of rows, last first.
 pub struct Episodes<'a, T> {

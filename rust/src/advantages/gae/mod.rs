@@ -8,28 +8,22 @@
 //! Cell by cell, sums run in float64 and are rounded once when they are stored; `scan` is the faster form for float32. A
 //! termination selects rather than multiplies: whatever follows it, NaN included, has no effect.
 
-#[path = "gae/episodes.rs"] // the fuzz target takes this file by its path
 mod episodes;
-#[path = "gae/passed.rs"]
-mod passed;
-#[path = "gae/real.rs"]
-mod real;
-#[path = "gae/runs.rs"]
 mod runs;
+mod whitened;
 
 use std::mem;
 use std::ops::Range;
 
 use episodes::Episodes;
-use passed::{RowSums, Wanted};
-pub use real::Real;
 use runs::Runs;
+use whitened::{RowSums, Wanted};
 
-use crate::helpers::Helpers;
-use crate::moments::Moments;
+use crate::advantages::moments::Moments;
 use crate::rows::{Rows, share};
 pub use crate::scan::Input;
-use crate::scan::{Deviations, Episode, Run, Scan, State};
+use crate::scan::{Deviations, Episode, Real, Run, Scan, State};
+use crate::threads::Helpers;
 
 /// What the recursion does at a masked cell. The outputs there are 0 in every case.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -19,15 +19,14 @@
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
 #[cfg(target_arch = "x86_64")]
-#[path = "scan/avx2.rs"] // the fuzz target takes this file by its path
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-#[path = "scan/avx512.rs"]
 mod avx512;
-#[path = "scan/cells.rs"]
 mod cells;
+mod real;
 
 pub use cells::{Deviations, Episode, Input, Run, State};
+pub use real::Real;
 
 /// Memory of which a core's caches hold little.
 const PAST_CACHES: usize = 48 << 20;

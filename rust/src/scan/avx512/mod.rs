@@ -6,11 +6,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-#[path = "avx512/coefficients.rs"]
 mod coefficients;
-#[path = "avx512/moments.rs"]
 mod moments;
-#[path = "avx512/registers.rs"]
 mod registers;
 
 use super::{BLOCK, Deviations, Episode, Run, STEP};

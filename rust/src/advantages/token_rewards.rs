@@ -3,9 +3,9 @@
 
 use std::sync::Mutex;
 
-use crate::gae::Real;
-use crate::helpers::Helpers;
 use crate::rows::{Rows, share};
+use crate::scan::Real;
+use crate::threads::Helpers;
 
 /// Estimates of the KL divergence from one sample, by `x = lp_ref - lp`.
 #[derive(Clone, Copy)]

@@ -1,11 +1,11 @@
 //! Ragged rows as the rows of a padded batch.
 
-use crate::helpers::Helpers;
 use crate::rows::{Rows, share};
+use crate::threads::Helpers;
 
 /// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
 /// the other cells.
-pub fn place<T: Copy + Send + Sync>(
+pub fn place_rows<T: Copy + Send + Sync>(
     values: &[T],
     offsets: &[i64],
     starts: &[i64],
@@ -15,10 +15,10 @@ pub fn place<T: Copy + Send + Sync>(
 ) -> Result<(), String> {
     let rows = Rows::packed("offsets", offsets, values.len())?;
     let grid = Rows::Padded {
-        rows: rows.len(),
+        rows: rows.count(),
         width,
     };
-    if starts.len() != rows.len() || out.len() != rows.len() * width {
+    if starts.len() != rows.count() || out.len() != rows.count() * width {
         return Err("starts and out must have the rows of offsets".to_owned());
     }
     for (row, &start) in starts.iter().enumerate() {
@@ -50,10 +50,10 @@ mod tests {
     #[test]
     fn values_are_placed_from_their_start_on() {
         let mut out = vec![-7; 8];
-        place(&[1, 2, 3], &[0, 2, 3], &[1, 3], (4, 0), &mut out, 1).unwrap();
+        place_rows(&[1, 2, 3], &[0, 2, 3], &[1, 3], (4, 0), &mut out, 1).unwrap();
         assert_eq!(out, [0, 1, 2, 0, 0, 0, 0, 3]);
-        let message = place(&[1, 2, 3], &[0, 2, 3], &[3, 3], (4, 0), &mut out, 1).unwrap_err();
+        let message = place_rows(&[1, 2, 3], &[0, 2, 3], &[3, 3], (4, 0), &mut out, 1).unwrap_err();
         assert_eq!(message, "row 0 has 2 values from column 3 on, of 4 columns");
-        assert!(place(&[1, 2, 3], &[0, 2, 3], &[-1, 3], (4, 0), &mut out, 1).is_err());
+        assert!(place_rows(&[1, 2, 3], &[0, 2, 3], &[-1, 3], (4, 0), &mut out, 1).is_err());
     }
 }

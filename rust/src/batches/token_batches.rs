@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use crate::packing;
+use crate::batches::packing;
 
 /// Rows are gathered from windows of about this many steps, so that batches of alike rows stay random.
 const STEPS_PER_WINDOW: u128 = 64;

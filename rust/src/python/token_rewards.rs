@@ -4,10 +4,10 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer};
-use crate::gae::Real;
-use crate::penalty::{Estimator, Refused, Rewards};
+use crate::advantages::token_rewards::{Estimator, Refused, Rewards};
+use crate::python::buffer::{Call, Dtype, Reader, Writer};
 use crate::rows::name_rows;
+use crate::scan::Real;
 
 /// What `token_rewards` was called with, before the element type is known.
 struct Arguments<'a, 'py> {
@@ -84,7 +84,7 @@ fn typed<T: Dtype + Real>(
     let mask = shapes::flags(&mut call, "mask", given.mask, like)?;
     let offsets = shapes::offsets(&mut call, given.cu_seqlens)?;
     let rows = shapes::rows(&call, like, offsets.as_ref())?;
-    let scores: Reader<T> = shapes::per_row(&mut call, "scores", given.scores, rows.len())?;
+    let scores: Reader<T> = shapes::per_row(&mut call, "scores", given.scores, rows.count())?;
     let scores = scores.slice();
     let wrong: Vec<usize> = (0..scores.len())
         .filter(|&row| !scores[row].widen().is_finite())

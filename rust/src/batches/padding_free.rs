@@ -4,10 +4,10 @@ use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::helpers::Helpers;
-use crate::ids::Ids;
+use crate::batches::ids::Ids;
 use crate::rows::{Rows, share};
 use crate::scan::widest;
+use crate::threads::Helpers;
 
 /// The flags of a padded batch, as they are stored.
 #[derive(Clone, Copy)]

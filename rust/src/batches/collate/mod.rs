@@ -1,7 +1,6 @@
 //! Prompts and completions from ragged columns to one batch: each sequence is a prompt and one of its completions, cut
 //! to `max_length` from one end.
 
-#[path = "collate/batch.rs"] // the fuzz target takes this file by its path
 mod batch;
 
 use std::ops::Range;
@@ -9,10 +8,10 @@ use std::sync::Mutex;
 
 pub use batch::Batch;
 
-use crate::helpers::Helpers;
-use crate::ids::Ids;
+use crate::batches::ids::Ids;
 use crate::rows::{Rows, check_offsets, name_rows, share};
 use crate::scan::widest;
+use crate::threads::Helpers;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
@@ -99,7 +98,7 @@ impl<'a> Sequences<'a> {
     }
 
     /// The number of sequences, one for each completion.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         (self.names.len() - 1) * self.rows()
     }
 
@@ -148,10 +147,10 @@ impl<'a> Sequences<'a> {
         }
         for ((ids, offsets), name) in ids.iter().zip(&self.offsets).zip(self.names) {
             let last = offsets[offsets.len() - 1];
-            if last as usize > ids.len() {
+            if last as usize > ids.count() {
                 return Err(format!(
                     "{name} offsets end at {last}, beyond its {} values",
-                    ids.len()
+                    ids.count()
                 ));
             }
         }

@@ -3,9 +3,10 @@
 //! Sums run in float64 and are rounded once when they are stored. A termination selects rather than multiplies: whatever
 //! follows it, NaN included, has no effect.
 
-use crate::gae::{Masked, Real};
-use crate::helpers::Helpers;
+use crate::advantages::gae::Masked;
 use crate::rows::{Rows, share};
+use crate::scan::Real;
+use crate::threads::Helpers;
 
 pub struct Discounted<'a, T> {
     pub rewards: &'a [T],

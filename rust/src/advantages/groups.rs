@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use crate::gae::Real;
+use crate::scan::Real;
 
 /// Which rows belong together.
 pub enum Groups<'a> {

@@ -9,7 +9,7 @@ pub enum Ids<'a> {
 }
 
 impl Ids<'_> {
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         match self {
             Ids::I32(ids) => ids.len(),
             Ids::I64(ids) => ids.len(),

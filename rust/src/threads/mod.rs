@@ -6,8 +6,7 @@
 //! forked process has none of its parent's threads, and does not ask them.
 #![allow(unsafe_code)]
 
-#[path = "helpers/elsewhere.rs"] // the fuzz target takes this file by its path
-mod elsewhere;
+mod cores;
 
 use std::hint;
 use std::mem;
@@ -18,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use elsewhere::{Core, elsewhere, here};
+use cores::{Core, elsewhere, here};
 
 /// Memory traffic for which a helper is worth while: one that must be started, which takes about 30 us, and one that is there.
 const BYTES_TO_START: usize = 4 << 20;

@@ -1,10 +1,10 @@
 //! Count, mean and sum of squared deviations of the scored cells, in float64, of blocks that stay in cache, merged by
 //! Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
 
-use crate::gae::Real;
-use crate::helpers::Helpers;
 use crate::rows::share;
+use crate::scan::Real;
 use crate::scan::{LANES, Sums, widest};
+use crate::threads::Helpers;
 
 const BLOCK: usize = 1 << 12;
 const BLOCKS_PER_TASK: usize = 16;

@@ -4,9 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{Input, Run, STEP, State, powers};
 
-#[path = "avx2/moments.rs"]
 mod moments;
-#[path = "avx2/registers.rs"]
 mod registers;
 
 use moments::Moments;

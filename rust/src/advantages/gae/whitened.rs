@@ -1,8 +1,8 @@
 //! What is found of the advantages while their rows are passed: the moments that whitening needs.
 
-use super::{Gae, Input, Masked, Real};
-use crate::moments::Moments;
-use crate::scan::Deviations;
+use super::{Gae, Input, Masked};
+use crate::advantages::moments::Moments;
+use crate::scan::{Deviations, Real};
 
 /// Of a row's scored advantages: their number, and the sums of their deviations from a center and of the squares.
 #[derive(Clone, Copy, Default)]
@@ -51,7 +51,7 @@ impl<T: Real> Gae<'_, T> {
         returns: &mut [T],
         threads: usize,
     ) -> Moments {
-        let rows = self.rows.len();
+        let rows = self.rows.count();
         let scanned = T::SCANNED && self.scan.is_some();
         if !scanned || (self.masked == Masked::Read && self.mask.is_some()) {
             let mut found = vec![Moments::NONE; rows];
@@ -88,7 +88,7 @@ impl<T: Real> Gae<'_, T> {
             };
             last.map(|last| (row, cells.start + last))
         };
-        let Some((row, cell)) = (0..self.rows.len()).find_map(last) else {
+        let Some((row, cell)) = (0..self.rows.count()).find_map(last) else {
             return 0.0;
         };
         let read = |input: &Input<'_, T>| match input {

@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 
 use super::Array;
 use super::ids::Column;
-use crate::buffer::{Call, Reader, Writer, shape_text};
-use crate::flat::{self, Flat, Mask, Tokens};
+use crate::batches::padding_free::{self, Flat, Mask, Tokens};
+use crate::python::buffer::{Call, Reader, Writer, shape_text};
 
 const PLACE: &str = "prefkern.data.flatten";
 
@@ -53,7 +53,7 @@ pub fn kept_lengths(mask: Array<'_, '_>, counts: Array<'_, '_>) -> PyResult<()> 
     if rows != expected {
         return Err(call.value_error("counts must hold one element for each row of mask"));
     }
-    flat::count(mask.mask(), width, counts.slice_mut()).map_err(|(row, position, got)| {
+    padding_free::count(mask.mask(), width, counts.slice_mut()).map_err(|(row, position, got)| {
         call.value_error(format!(
             "mask must hold only 0 and 1 (or be bool), got {got} at [{row}, {position}]"
         ))
@@ -99,7 +99,8 @@ pub fn flatten_tokens(
             if mask.shape() == shape && bounds.len() == rows + 1 =>
         {
             let mut counts = vec![0; rows];
-            if flat::count(mask.mask(), width, &mut counts).is_err() || !lengths.eq(counts) {
+            if padding_free::count(mask.mask(), width, &mut counts).is_err() || !lengths.eq(counts)
+            {
                 return Err(call.value_error("bounds must be those of the mask"));
             }
             (Tokens::Padded(ids.ids(), mask.mask()), width)
@@ -118,9 +119,12 @@ pub fn flatten_tokens(
         indices: &mut *indices,
     };
     let negative = py
-        .detach(|| flat::flatten(tokens, width, bounds, out, threads))
+        .detach(|| padding_free::flatten(tokens, width, bounds, out, threads))
         .map_err(|error| call.value_error(error))?;
-    match negative.then(|| flat::negative(ids, bounds)).flatten() {
+    match negative
+        .then(|| padding_free::negative(ids, bounds))
+        .flatten()
+    {
         None => Ok(longest),
         Some((row, at)) => Err(call.value_error(format!(
             "{name}[{row}][{}] must be a token id, got the negative number {}",

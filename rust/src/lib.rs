@@ -4,6 +4,7 @@
 
 pub mod advantages;
 pub mod batches;
+pub mod failure;
 pub mod rows;
 pub mod scan;
 pub mod threads;

@@ -4,7 +4,9 @@
 //! summed as their differences from the group's first reward, so that equal rewards give exactly 0.
 
 use std::collections::HashMap;
+use std::iter::repeat;
 
+use crate::failure::{Failure, collected, filled, with_room};
 use crate::scan::Real;
 
 /// Which rows belong together.
@@ -67,11 +69,11 @@ pub fn advantages<T: Real>(
     groups: &Groups<'_>,
     method: Method,
     advantages: &mut [T],
-) {
-    let (index, count) = groups.index(rewards.len());
-    let found = moments(rewards, &index, count);
+) -> Result<(), Failure> {
+    let (index, count) = groups.index(rewards.len())?;
+    let found = moments(rewards, index.iter().copied(), count)?;
     let batch = match method {
-        Method::PerBatch => moments(rewards, &vec![0; rewards.len()], 1)[0].std(),
+        Method::PerBatch => moments(rewards, repeat(0), 1)?[0].std(),
         Method::Whitened => {
             let scored: f64 = found.iter().map(|group| group.count).sum();
             let m2: f64 = found.iter().map(|group| group.m2).sum();
@@ -80,16 +82,14 @@ pub fn advantages<T: Real>(
         }
         _ => 0.0,
     };
-    let scales: Vec<f64> = found
-        .iter()
-        .map(|group| match method {
-            Method::PerGroup => (group.std() + STD_EPSILON).recip(),
-            Method::PerBatch => (batch + STD_EPSILON).recip(),
-            Method::Centered => 1.0,
-            Method::LeaveOneOut => group.count / (group.count - 1.0).max(1.0),
-            Method::Whitened => batch.recip(),
-        })
-        .collect();
+    let scale = |group: &Group| match method {
+        Method::PerGroup => (group.std() + STD_EPSILON).recip(),
+        Method::PerBatch => (batch + STD_EPSILON).recip(),
+        Method::Centered => 1.0,
+        Method::LeaveOneOut => group.count / (group.count - 1.0).max(1.0),
+        Method::Whitened => batch.recip(),
+    };
+    let scales: Vec<f64> = collected(found.iter().map(scale))?;
     for ((advantage, reward), &group) in advantages.iter_mut().zip(rewards).zip(&index) {
         let reward = reward.widen();
         *advantage = if reward.is_nan() {
@@ -98,16 +98,21 @@ pub fn advantages<T: Real>(
             T::narrow(found[group as usize].deviation(reward) * scales[group as usize])
         };
     }
+    Ok(())
 }
 
-fn moments<T: Real>(rewards: &[T], index: &[u32], count: usize) -> Vec<Group> {
-    let mut groups = vec![Group::default(); count];
+fn moments<T: Real>(
+    rewards: &[T],
+    index: impl Iterator<Item = u32> + Clone,
+    count: usize,
+) -> Result<Vec<Group>, Failure> {
+    let mut groups = filled(Group::default(), count)?;
     let rows = || {
         let rewards = rewards.iter().map(|reward| reward.widen());
         rewards
-            .zip(index)
+            .zip(index.clone())
             .filter(|(reward, _)| !reward.is_nan())
-            .map(|(reward, &group)| (reward, group as usize))
+            .map(|(reward, group)| (reward, group as usize))
     };
     for (reward, group) in rows() {
         let group = &mut groups[group];
@@ -124,17 +129,17 @@ fn moments<T: Real>(rewards: &[T], index: &[u32], count: usize) -> Vec<Group> {
         let deviation = groups[group].deviation(reward);
         groups[group].m2 += deviation * deviation;
     }
-    groups
+    Ok(groups)
 }
 
 impl Groups<'_> {
     /// The group of each row, numbered in the order of their first rows, and how many groups there are: what the ids are
     /// called changes no digit of a result.
-    fn index(&self, rows: usize) -> (Vec<u32>, usize) {
+    fn index(&self, rows: usize) -> Result<(Vec<u32>, usize), Failure> {
         match self {
             Groups::Size(size) => {
-                let index = (0..rows).map(|row| (row / size) as u32).collect();
-                (index, rows.div_ceil(*size))
+                let index = collected((0..rows).map(|row| (row / size) as u32))?;
+                Ok((index, rows.div_ceil(*size)))
             }
             Groups::Ids(ids) => {
                 let (low, high) = ids.iter().fold((i64::MAX, i64::MIN), |(low, high), &id| {
@@ -150,15 +155,19 @@ impl Groups<'_> {
                 };
                 // Ids that lie close together are looked up in a table of all between: no hashing.
                 let index = if low <= high && high.abs_diff(low) < 4 * rows as u64 {
-                    let mut table = vec![UNSEEN; (high - low) as usize + 1];
+                    let mut table = filled(UNSEEN, (high - low) as usize + 1)?;
                     let entry = |&id: &i64| number(&mut table[(id - low) as usize]);
-                    ids.iter().map(entry).collect()
+                    collected(ids.iter().map(entry))?
                 } else {
                     let mut known = HashMap::new();
-                    let entry = |&id: &i64| number(known.entry(id).or_insert(UNSEEN));
-                    ids.iter().map(entry).collect()
+                    let mut index = with_room(rows)?;
+                    for &id in *ids {
+                        known.try_reserve(1)?;
+                        index.push(number(known.entry(id).or_insert(UNSEEN)));
+                    }
+                    index
                 };
-                (index, count as usize)
+                Ok((index, count as usize))
             }
         }
     }
@@ -174,7 +183,7 @@ mod tests {
 
     fn run(groups: &Groups<'_>, method: Method) -> Vec<f64> {
         let mut found = vec![f64::NAN; REWARDS.len()];
-        advantages(&REWARDS, groups, method, &mut found);
+        advantages(&REWARDS, groups, method, &mut found).unwrap();
         found
     }
 
@@ -211,20 +220,20 @@ mod tests {
             run(&Groups::Ids(&far), Method::Centered),
             run(&Groups::Ids(&IDS), Method::Centered)
         );
-        assert_eq!(Groups::Ids(&[]).index(0), (vec![], 0));
+        assert_eq!(Groups::Ids(&[]).index(0), Ok((vec![], 0)));
     }
 
     #[test]
     fn names_do_not_matter() {
         for ids in [[3, 1, 3, 2, 2], [-9, 9, -9, 0, 0], [0, i64::MAX, 0, 5, 5]] {
-            assert_eq!(Groups::Ids(&ids).index(5), (vec![0, 1, 0, 2, 2], 3));
+            assert_eq!(Groups::Ids(&ids).index(5), Ok((vec![0, 1, 0, 2, 2], 3)));
         }
     }
 
     #[test]
     fn equal_rewards_give_exactly_0() {
         let mut found = [1.0; 7];
-        advantages(&[0.1; 7], &Groups::Size(7), Method::PerGroup, &mut found);
+        advantages(&[0.1; 7], &Groups::Size(7), Method::PerGroup, &mut found).unwrap();
         assert_eq!(found, [0.0; 7]);
     }
 }

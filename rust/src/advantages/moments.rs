@@ -1,14 +1,16 @@
 //! Count, mean and sum of squared deviations of the scored cells, in float64, of blocks that stay in cache, merged by
 //! Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
 
-use crate::rows::share;
-use crate::scan::Real;
-use crate::scan::{LANES, Sums, widest};
-use crate::threads::Helpers;
+use crate::failure::{Failure, filled};
+use crate::scan::{Real, widest};
+use crate::threads::{share, worth};
 
 const BLOCK: usize = 1 << 12;
 const BLOCKS_PER_TASK: usize = 16;
 static ALL: [u8; BLOCK] = [1; BLOCK];
+/// Sums side by side.
+const LANES: usize = 16;
+type Sums = [[f64; LANES]; 2];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Moments {
@@ -25,25 +27,28 @@ impl Moments {
     };
 
     /// Those of the cells where `mask` is not 0; `mask`, where given, is as long as `x`.
-    pub fn of<T: Real>(x: &[T], mask: Option<&[u8]>, threads: usize) -> Self {
-        let mut blocks = vec![Self::NONE; x.len().div_ceil(BLOCK)];
+    pub fn of<T: Real>(x: &[T], mask: Option<&[u8]>, threads: usize) -> Result<Self, Failure> {
+        let mut blocks = filled(Self::NONE, x.len().div_ceil(BLOCK))?;
         let parts: Vec<_> = blocks
             .chunks_mut(BLOCKS_PER_TASK)
             .zip(x.chunks(BLOCK * BLOCKS_PER_TASK))
             .zip((0..).step_by(BLOCK * BLOCKS_PER_TASK))
             .collect();
-        let helpers = Helpers::for_bytes(size_of_val(x), threads);
-        share(parts, helpers, |((found, cells), start)| {
-            let mask = mask.map(|mask| &mask[start..][..cells.len()]);
-            for (found, block) in found.iter_mut().zip(Self::blocks(cells, mask)) {
-                *found = block;
-            }
-        });
-        blocks.into_iter().fold(Self::NONE, Self::merge)
+        share(
+            parts,
+            worth(size_of_val(x), threads),
+            |((found, cells), start)| {
+                let mask = mask.map(|mask| &mask[start..][..cells.len()]);
+                for (found, block) in found.iter_mut().zip(Self::blocks(cells, mask)) {
+                    *found = block;
+                }
+            },
+        );
+        Ok(blocks.into_iter().fold(Self::NONE, Self::merge))
     }
 
     /// From the sums of deviations from `center` and of their squares.
-    pub fn about(center: f64, count: usize, (first, second): (f64, f64)) -> Self {
+    fn about(center: f64, count: usize, (first, second): (f64, f64)) -> Self {
         if count == 0 {
             return Self::NONE;
         }
@@ -101,17 +106,20 @@ impl Moments {
 /// The sums of the scored cells' deviations from `center`, and of their squares.
 fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
     let mut lanes = [[0.0; LANES]; 2];
-    let (whole, rest) = cells.split_at(cells.len() - cells.len() % LANES);
-    let (flags, rest_flags) = mask.split_at(whole.len());
+    let (whole, rest) = cells.as_chunks::<LANES>();
+    let (flags, rest_flags) = mask.as_chunks::<LANES>();
     add(rest, rest_flags, center, &mut lanes);
-    if !T::sums(whole, flags, center, &mut lanes) {
-        for (cells, flags) in whole.chunks_exact(LANES).zip(flags.chunks_exact(LANES)) {
-            add(cells, flags, center, &mut lanes);
+    widest(|| {
+        let mut sums = lanes; // a copy, which can stay in registers
+        for (cells, flags) in whole.iter().zip(flags) {
+            add(cells, flags, center, &mut sums);
         }
-    }
+        lanes = sums;
+    });
     (lanes[0].iter().sum(), lanes[1].iter().sum())
 }
 
+#[inline(always)] // into the function that is compiled with wider registers
 fn add<T: Real>(cells: &[T], mask: &[u8], center: f64, [first, second]: &mut Sums) {
     for (lane, (cell, &flag)) in cells.iter().zip(mask).enumerate() {
         let deviation = if flag != 0 {
@@ -131,34 +139,25 @@ fn scored(mask: &[u8]) -> usize {
     few.map(usize::from).sum()
 }
 
-/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself, where that
-/// is 0 wherever `mask` is. In float64, rounded once, unless `exact` is false: then within `scan::standardise`'s bound.
+/// `out = (x - center) * scale + shift` where `mask` is not 0, and 0 elsewhere; without `x`, that of `out` itself. In float64,
+/// rounded once.
 pub fn standardise<T: Real>(
     x: Option<&[T]>,
     mask: Option<&[u8]>,
     line: [f64; 3],
-    exact: bool,
     out: &mut [T],
     threads: usize,
 ) {
     const TASK: usize = BLOCK * BLOCKS_PER_TASK;
-    let helpers = Helpers::for_bytes(2 * size_of_val(out), threads);
+    let threads = worth(2 * size_of_val(out), threads);
     let parts: Vec<_> = out.chunks_mut(TASK).zip((0..).step_by(TASK)).collect();
-    share(parts, helpers, |(out, start)| {
+    share(parts, threads, |(out, start)| {
         for (block, out) in out.chunks_mut(BLOCK).enumerate() {
             let inside = start + block * BLOCK..start + block * BLOCK + out.len();
-            let given = mask.map(|mask| &mask[inside.clone()]);
             if let Some(x) = x {
-                out.copy_from_slice(&x[inside]);
+                out.copy_from_slice(&x[inside.clone()]);
             }
-            let [center, scale, shift] = line;
-            // float32 holds neither smaller nor larger scales
-            let narrow =
-                !exact && shift == 0.0 && (2f64.powi(-100)..2f64.powi(100)).contains(&scale);
-            if narrow && T::standardise(out, given, center, scale, x.is_none()) {
-                continue;
-            }
-            let mask = given.unwrap_or(&ALL[..out.len()]);
+            let mask = mask.map_or(&ALL[..out.len()], |mask| &mask[inside]);
             widest(|| standardise_block(out, mask, line));
         }
     });
@@ -175,39 +174,23 @@ fn standardise_block<T: Real>(cells: &mut [T], mask: &[u8], [center, scale, shif
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scan;
 
-    #[test]
-    fn vector_registers_change_no_bit() {
-        let cells: Vec<f32> = (0..4096).map(|cell| (cell as f32).sin() + 0.3).collect();
-        let mask: Vec<u8> = (0..4096).map(|cell| (cell % 7) as u8).collect();
-        for center in [0.0, 0.3, f64::from(cells[5])] {
-            let (mut fast, mut slow) = ([[0.5; LANES]; 2], [[0.5; LANES]; 2]);
-            if !scan::sums(&cells, &mask, center, &mut fast) {
-                return;
-            }
-            for (cells, flags) in cells.chunks(LANES).zip(mask.chunks(LANES)) {
-                add(cells, flags, center, &mut slow);
-            }
-            assert_eq!(fast, slow);
-        }
+    fn moments<T: Real>(x: &[T], mask: Option<&[u8]>, threads: usize) -> Moments {
+        Moments::of(x, mask, threads).unwrap()
     }
 
     #[test]
     fn by_hand() {
         let x = [1.0, 2.0, 3.0, 6.0];
         let expected = |count, mean, m2| Moments { count, mean, m2 };
-        assert_eq!(Moments::of(&x, None, 1), expected(4, 3.0, 14.0));
+        assert_eq!(moments(&x, None, 1), expected(4, 3.0, 14.0));
+        assert_eq!(moments(&x, Some(&[1, 0, 1, 0]), 1), expected(2, 2.0, 2.0));
         assert_eq!(
-            Moments::of(&x, Some(&[1, 0, 1, 0]), 1),
-            expected(2, 2.0, 2.0)
-        );
-        assert_eq!(
-            Moments::of(&[7.0, f64::NAN], Some(&[1, 0]), 1),
+            moments(&[7.0, f64::NAN], Some(&[1, 0]), 1),
             expected(1, 7.0, 0.0)
         );
-        assert_eq!(Moments::of(&x, Some(&[0; 4]), 1), Moments::NONE);
-        assert_eq!(Moments::of::<f32>(&[], None, 1), Moments::NONE);
+        assert_eq!(moments(&x, Some(&[0; 4]), 1), Moments::NONE);
+        assert_eq!(moments::<f32>(&[], None, 1), Moments::NONE);
     }
 
     #[test]
@@ -215,7 +198,7 @@ mod tests {
         let cells = 40 * BLOCK * BLOCKS_PER_TASK + 5;
         let x: Vec<f64> = (0..cells).map(|cell| (cell % 2) as f64 + 1e8).collect();
         let mask: Vec<u8> = (0..cells).map(|cell| u8::from(cell % 5 != 4)).collect();
-        let one = Moments::of(&x, Some(&mask), 1);
+        let one = moments(&x, Some(&mask), 1);
         let scored = mask.iter().filter(|&&flag| flag != 0).count();
         let ones = (0..cells)
             .filter(|cell| cell % 2 == 1 && cell % 5 != 4)
@@ -224,7 +207,7 @@ mod tests {
         assert_eq!(one.count, scored);
         assert!((one.mean - 1e8 - ones / n).abs() < 1e-7);
         assert!((one.m2 / (ones * (n - ones) / n) - 1.0).abs() < 1e-8);
-        assert_eq!(Moments::of(&x, Some(&mask), 7), one);
+        assert_eq!(moments(&x, Some(&mask), 7), one);
     }
 
     #[test]
@@ -234,7 +217,6 @@ mod tests {
             Some(&[1.0, f64::NAN, 5.0]),
             Some(&[1, 0, 1]),
             [3.0, 0.5, 10.0],
-            true,
             &mut out,
             1,
         );

@@ -3,9 +3,8 @@
 
 use std::sync::Mutex;
 
-use crate::rows::{Rows, share};
+use crate::rows::Grid;
 use crate::scan::Real;
-use crate::threads::Helpers;
 
 /// Estimates of the KL divergence from one sample, by `x = lp_ref - lp`.
 #[derive(Clone, Copy)]
@@ -33,8 +32,7 @@ pub struct Rewards<'a, T> {
     pub ref_logps: &'a [T],
     /// One for each row.
     pub scores: &'a [T],
-    pub mask: Option<&'a [u8]>,
-    pub rows: Rows<'a>,
+    pub grid: Grid<'a, T>,
     pub kl_coef: f64,
     pub estimator: Estimator,
     /// The score goes to the cell after the last scored one, where the row has one.
@@ -51,30 +49,21 @@ pub enum Refused {
 }
 
 impl<T: Real> Rewards<'_, T> {
-    /// Fills `rewards`, one element for each cell of `rows`.
+    /// Fills `rewards`, one element for each cell of the grid.
     pub fn run(&self, rewards: &mut [T], threads: usize) -> Result<(), Refused> {
-        let helpers = Helpers::for_bytes(3 * size_of_val(rewards), threads);
+        let (bytes, rows) = (3 * size_of_val(rewards), self.grid.rows);
         let wrong = Mutex::new((Vec::new(), Vec::new()));
-        share(
-            self.rows.split(rewards, helpers.threads()),
-            helpers,
-            |part| {
-                let (mut empty, mut not_finite) = (Vec::new(), Vec::new());
-                for (row, cells) in part {
-                    let (placed, finite) = self.row(row, cells);
-                    if !placed {
-                        empty.push(row);
-                    }
-                    if !finite {
-                        not_finite.push(row);
-                    }
+        rows.each(rewards, bytes, threads, |row, rewards| {
+            let (placed, finite) = self.row(row, rewards);
+            if let (false, Ok(mut wrong)) = (placed && finite, wrong.lock()) {
+                if !placed {
+                    wrong.0.push(row);
                 }
-                if let Ok(mut wrong) = wrong.lock() {
-                    wrong.0.extend(empty);
-                    wrong.1.extend(not_finite);
+                if !finite {
+                    wrong.1.push(row);
                 }
-            },
-        );
+            }
+        });
         let (mut empty, mut not_finite) = wrong.into_inner().unwrap_or_default();
         empty.sort_unstable();
         not_finite.sort_unstable();
@@ -89,19 +78,23 @@ impl<T: Real> Rewards<'_, T> {
 
     /// Whether the score found its cell, and whether every penalty is finite.
     fn row(&self, row: usize, rewards: &mut [T]) -> (bool, bool) {
-        let start = self.rows.range(row).start;
-        let scored = |t: usize| self.mask.is_none_or(|mask| mask[start + t] != 0);
+        let cells = self.grid.rows.range(row);
+        let (logps, ref_logps) = (&self.logps[cells.clone()], &self.ref_logps[cells]);
+        let mask = self.grid.row(row).mask;
+        let penalty = |cell: usize| {
+            let log_ratio = ref_logps[cell].widen() - logps[cell].widen();
+            -self.kl_coef * self.estimator.of(log_ratio)
+        };
         let (mut last, mut finite) = (None, true);
-        for (t, reward) in rewards.iter_mut().enumerate() {
-            *reward = T::ZERO;
-            if !scored(t) {
+        for cell in 0..rewards.len() {
+            rewards[cell] = T::ZERO;
+            if mask.is_some_and(|mask| mask[cell] == 0) {
                 continue;
             }
-            last = Some(t);
+            last = Some(cell);
             if self.kl_coef != 0.0 {
-                let penalty = -self.kl_coef * self.kl(start + t);
-                *reward = T::narrow(penalty);
-                finite &= reward.widen().is_finite();
+                rewards[cell] = T::narrow(penalty(cell));
+                finite &= rewards[cell].widen().is_finite();
             }
         }
         let score = self.scores[row].widen();
@@ -114,22 +107,18 @@ impl<T: Real> Rewards<'_, T> {
             let penalty = if self.kl_coef == 0.0 {
                 0.0
             } else {
-                -self.kl_coef * self.kl(start + last)
+                penalty(last)
             };
             rewards[last] = T::narrow(penalty + score);
         }
         (true, finite)
-    }
-
-    fn kl(&self, cell: usize) -> f64 {
-        self.estimator
-            .of(self.ref_logps[cell].widen() - self.logps[cell].widen())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rows::Rows;
 
     const LOGPS: [f64; 4] = [-1.0, -2.0, f64::NAN, -3.0];
     const REF: [f64; 4] = [-2.0, -1.0, f64::NAN, -3.0];
@@ -139,8 +128,12 @@ mod tests {
             logps: &LOGPS,
             ref_logps: &REF,
             scores: &[10.0],
-            mask: Some(mask),
-            rows: Rows::Padded { rows: 1, width: 4 },
+            grid: Grid {
+                rows: Rows::Padded { rows: 1, width: 4 },
+                mask: Some(mask),
+                terminated: None,
+                bootstrap: None,
+            },
             kl_coef: 0.5,
             estimator: Estimator::K1,
             after_last: false,

@@ -3,7 +3,11 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
 
+use crate::failure::{Failure, Stop, collected, filled, go_on};
+
 const END: u32 = u32::MAX;
+/// Merges between two questions whether to stop.
+const MERGES: usize = 1 << 10;
 
 /// Some items that go to one part: a list linked through `next`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -96,8 +100,19 @@ impl PartialOrd for State {
 
 /// The part of every item, into `part_of`. There are at least `parts` items, `parts` divides their number where `equal`
 /// parts are asked for, none is negative and their sum fits.
-pub fn balance(lengths: &[i64], parts: usize, equal: bool, part_of: &mut [i64]) {
-    let mut items: Vec<(i64, u32)> = lengths.iter().copied().zip(0..).collect();
+pub fn balance(
+    lengths: &[i64],
+    parts: usize,
+    equal: bool,
+    part_of: &mut [i64],
+    stop: Stop<'_>,
+) -> Result<(), Failure> {
+    let mut items: Vec<(i64, u32)> = collected(
+        lengths
+            .iter()
+            .zip(0..lengths.len() as u32)
+            .map(|(&length, item)| (length, item)),
+    )?;
     items.sort_unstable();
     let each = if equal { parts } else { 1 };
     let states = items.chunks(each).map(|items| {
@@ -105,22 +120,33 @@ pub fn balance(lengths: &[i64], parts: usize, equal: bool, part_of: &mut [i64]) 
         State::new(sets.collect(), parts)
     });
     // The first states wait in order, so that only what was merged is in the heap.
-    let mut first: Vec<State> = states.collect();
+    let mut first: Vec<State> = collected(states)?;
     first.sort_unstable();
     let mut merged = BinaryHeap::new();
-    let mut next = vec![END; lengths.len()];
-    while let Some(state) = pop(&mut first, &mut merged) {
-        match pop(&mut first, &mut merged) {
-            Some(second) => merged.push(state.merge(&second, parts, &mut next)),
-            None => {
-                for (part, set) in state.sets.iter().enumerate() {
-                    let mut item = set.first;
-                    while item != END {
-                        part_of[item as usize] = part as i64;
-                        item = next[item as usize];
-                    }
-                }
-            }
+    let mut next = filled(END, lengths.len())?;
+    for merges in 1.. {
+        let Some(state) = pop(&mut first, &mut merged) else {
+            break;
+        };
+        let Some(second) = pop(&mut first, &mut merged) else {
+            assign(&state, &next, part_of);
+            break;
+        };
+        merged.push(state.merge(&second, parts, &mut next));
+        if merges % MERGES == 0 {
+            go_on(stop)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes the part of every item of the last state.
+fn assign(state: &State, next: &[u32], part_of: &mut [i64]) {
+    for (part, set) in state.sets.iter().enumerate() {
+        let mut item = set.first;
+        while item != END {
+            part_of[item as usize] = part as i64;
+            item = next[item as usize];
         }
     }
 }
@@ -140,7 +166,7 @@ mod tests {
 
     fn parts(lengths: &[i64], parts: usize, equal: bool) -> Vec<i64> {
         let mut part_of = vec![-1; lengths.len()];
-        balance(lengths, parts, equal, &mut part_of);
+        balance(lengths, parts, equal, &mut part_of, &|| false).unwrap();
         part_of
     }
 

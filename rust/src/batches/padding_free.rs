@@ -1,13 +1,11 @@
 //! Padding-free batches: the kept tokens of all rows behind each other, with their positions and where they stood.
 
-use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::batches::ids::Ids;
-use crate::rows::{Rows, share};
+use super::ids::Ids;
+use crate::rows::{Rows, Split};
 use crate::scan::widest;
-use crate::threads::Helpers;
 
 /// The flags of a padded batch, as they are stored.
 #[derive(Clone, Copy)]
@@ -86,20 +84,11 @@ pub fn flatten(
 ) -> Result<bool, String> {
     let total = out.ids.len();
     let rows = Rows::packed("bounds", bounds, total)?;
-    let helpers = Helpers::for_bytes(32 * total, threads);
-    let mut parts = Vec::new();
-    let mut rest = out;
-    for group in rows.groups(helpers.threads()) {
-        let cells = group.clone().map(|row| rows.range(row).len()).sum();
-        parts.push((group, rest.take(cells)));
-    }
     let negative = AtomicBool::new(false);
-    share(parts, helpers, |(group, mut out)| {
-        let found = group.fold(false, |found, row| {
-            let out = out.take(rows.range(row).len());
-            found | flatten_row(tokens, row, rows.range(row), width, out)
-        });
-        negative.fetch_or(found, Ordering::Relaxed);
+    rows.each(out, 32 * total, threads, |row, out| {
+        if flatten_row(tokens, row, rows.range(row), width, out) {
+            negative.store(true, Ordering::Relaxed);
+        }
     });
     Ok(negative.into_inner())
 }
@@ -118,19 +107,25 @@ fn flatten_row(
     }
 }
 
-impl<'o> Flat<'o> {
-    /// Cuts the first `cells` cells off.
-    fn take(&mut self, cells: usize) -> Flat<'o> {
-        let cut = |from: &mut &'o mut [i64]| {
-            let (first, rest) = mem::take(from).split_at_mut(cells);
-            *from = rest;
-            first
-        };
-        Flat {
-            ids: cut(&mut self.ids),
-            positions: cut(&mut self.positions),
-            indices: cut(&mut self.indices),
-        }
+impl Split for Flat<'_> {
+    fn split(self, _rows: usize, cells: usize) -> (Self, Self) {
+        let [
+            (ids, later_ids),
+            (positions, later_positions),
+            (indices, later_indices),
+        ] = [self.ids, self.positions, self.indices].map(|output| output.split_at_mut(cells));
+        (
+            Flat {
+                ids,
+                positions,
+                indices,
+            },
+            Flat {
+                ids: later_ids,
+                positions: later_positions,
+                indices: later_indices,
+            },
+        )
     }
 }
 
@@ -150,11 +145,11 @@ fn count_up(first: i64, out: &mut [i64]) {
     }
 }
 
-fn kept<M: Flag>(row: usize, width: usize, ids: Ids<'_>, flags: &[M], mut out: Flat<'_>) -> bool {
+fn kept<M: Flag>(row: usize, width: usize, ids: Ids<'_>, flags: &[M], out: Flat<'_>) -> bool {
     let start = row * width;
     let flags = &flags[start..start + width];
     let (mut at, mut column) = (0, 0);
-    let mut negative = false;
+    let (mut out, mut negative) = (out, false);
     while !out.ids.is_empty() {
         let skipped = flags[column..].iter().position(|flag| flag.wide() == 1);
         let begin = column + skipped.unwrap_or_default();
@@ -166,7 +161,9 @@ fn kept<M: Flag>(row: usize, width: usize, ids: Ids<'_>, flags: &[M], mut out: F
             .min(out.ids.len())
             .max(1);
         let cells = start + begin..start + begin + length;
-        negative |= run(ids, cells, start + begin, at, out.take(length));
+        let (own, rest) = out.split(0, length);
+        negative |= run(ids, cells, start + begin, at, own);
+        out = rest;
         (at, column) = (at + length, begin + length);
     }
     negative

@@ -1,7 +1,6 @@
 //! Ragged rows as the rows of a padded batch.
 
-use crate::rows::{Rows, share};
-use crate::threads::Helpers;
+use crate::rows::Rows;
 
 /// Copies the values of each row into its row of `out` [B, `width`], from the column `starts[row]` on, and `blank` into
 /// the other cells.
@@ -29,16 +28,14 @@ pub fn place_rows<T: Copy + Send + Sync>(
             ));
         }
     }
-    let helpers = Helpers::for_bytes(16 * out.len(), threads);
-    share(grid.split(out, helpers.threads()), helpers, |part| {
-        for (row, cells) in part {
-            let values = &values[rows.range(row)];
-            let begin = starts[row] as usize;
-            let end = begin + values.len();
-            cells[..begin].fill(blank);
-            cells[begin..end].copy_from_slice(values);
-            cells[end..].fill(blank);
-        }
+    let bytes = 2 * size_of_val(out);
+    grid.each(out, bytes, threads, |row, cells| {
+        let values = &values[rows.range(row)];
+        let begin = starts[row] as usize;
+        let end = begin + values.len();
+        cells[..begin].fill(blank);
+        cells[begin..end].copy_from_slice(values);
+        cells[end..].fill(blank);
     });
     Ok(())
 }

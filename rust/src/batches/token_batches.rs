@@ -4,7 +4,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use crate::batches::packing;
+use super::packing;
+use crate::failure::{Failure, Stop, collected, filled, go_on};
 
 /// Rows are gathered from windows of about this many steps, so that batches of alike rows stay random.
 const STEPS_PER_WINDOW: u128 = 64;
@@ -40,34 +41,52 @@ impl Random {
     }
 }
 
+/// Why there are no batches.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// There would have to be so many, which rows would have to be split for.
+    Number(usize),
+    Failed(Failure),
+}
+
+impl From<Failure> for Refused {
+    fn from(failure: Failure) -> Self {
+        Refused::Failed(failure)
+    }
+}
+
 /// Every row once, in batches within `budget`: `order` gets the rows batch by batch, the result is where the batches
 /// begin and where the last ends. Their number is a multiple of `ranks`; batch s * ranks + r is that of rank r in step s.
-/// Or how many batches there would have to be, when rows would have to be split for that.
 ///
 /// No length is negative or above `budget`; there are less than 2^32 rows; `order` has room for every one.
-pub fn batches(
+pub fn token_batches(
     lengths: &[i64],
     (budget, cost): (i64, Cost),
     ranks: usize,
     (seed, epoch): (u64, u64),
     order: &mut [i64],
-) -> Result<Vec<i64>, usize> {
+    stop: Stop<'_>,
+) -> Result<Vec<i64>, Refused> {
     let mut random = Random(seed);
     let mut random = Random(random.next() ^ epoch.wrapping_mul(0xD134_2543_DE82_EF95));
-    let mut rows: Vec<i64> = (0..lengths.len() as i64).collect();
+    let mut rows: Vec<i64> = collected((0..lengths.len()).map(|row| row as i64))?;
     random.shuffle(&mut rows);
 
     let tokens: u128 = lengths.iter().map(|&length| length as u128).sum();
     let per_batch = budget as u128 * lengths.len() as u128 / tokens.max(1);
-    let window =
-        (per_batch.max(1) * STEPS_PER_WINDOW * ranks as u128).min(rows.len().max(1) as u128);
+    let steps = STEPS_PER_WINDOW.saturating_mul(ranks as u128);
+    let window = per_batch
+        .max(1)
+        .saturating_mul(steps)
+        .min(rows.len().max(1) as u128);
     let mut cuts: Vec<Range<usize>> = Vec::new();
     let mut begin = 0;
     for rows in rows.chunks_mut(window as usize) {
         let made = match cost {
             Cost::Padded => padded(lengths, budget, rows),
-            Cost::Tokens => filled(lengths, budget, rows),
+            Cost::Tokens => packed(lengths, budget, rows, stop)?,
         };
+        go_on(stop)?;
         cuts.extend(made.iter().map(|cut| begin + cut.start..begin + cut.end));
         begin += rows.len();
     }
@@ -104,7 +123,7 @@ fn padded(lengths: &[i64], budget: i64, rows: &mut [i64]) -> Vec<Range<usize>> {
     let mut begin = 0;
     while begin < rows.len() {
         let longest = lengths[rows[begin] as usize].max(1);
-        let end = rows.len().min(begin + (budget / longest) as usize);
+        let end = rows.len().min(begin + (budget / longest).max(1) as usize);
         cuts.push(begin..end);
         begin = end;
     }
@@ -112,23 +131,25 @@ fn padded(lengths: &[i64], budget: i64, rows: &mut [i64]) -> Vec<Range<usize>> {
 }
 
 /// Orders the rows by the bins of best-fit decreasing. Empty rows count as one token, so that they are in a bin.
-fn filled(lengths: &[i64], budget: i64, rows: &mut [i64]) -> Vec<Range<usize>> {
-    let costs: Vec<i64> = rows
-        .iter()
-        .map(|&row| lengths[row as usize].max(1))
-        .collect();
-    let (mut order, mut offsets) = (vec![0; rows.len()], vec![0; rows.len() + 1]);
-    let placed = packing::pack(&costs, budget, &mut order, &mut offsets);
-    let packed: Vec<i64> = order.iter().map(|&at| rows[at as usize]).collect();
-    rows.copy_from_slice(&packed);
+fn packed(
+    lengths: &[i64],
+    budget: i64,
+    rows: &mut [i64],
+    stop: Stop<'_>,
+) -> Result<Vec<Range<usize>>, Failure> {
+    let costs: Vec<i64> = collected(rows.iter().map(|&row| lengths[row as usize].max(1)))?;
+    let (mut order, mut offsets) = (filled(0, rows.len())?, filled(0, rows.len() + 1)?);
+    let placed = packing::pack(&costs, budget, &mut order, &mut offsets, stop)?;
+    let ordered: Vec<i64> = collected(order.iter().map(|&at| rows[at as usize]))?;
+    rows.copy_from_slice(&ordered);
     let bounds = offsets[..=placed.bins].windows(2);
-    bounds
+    Ok(bounds
         .map(|pair| pair[0] as usize..pair[1] as usize)
-        .collect()
+        .collect())
 }
 
-/// Halves the batches with the most rows until `ranks` divides their number, or returns the number that it cannot reach.
-fn split_until_multiple(cuts: &mut Vec<Range<usize>>, ranks: usize) -> Result<(), usize> {
+/// Halves the batches with the most rows until `ranks` divides their number, where that can be.
+fn split_until_multiple(cuts: &mut Vec<Range<usize>>, ranks: usize) -> Result<(), Refused> {
     let target = cuts.len().next_multiple_of(ranks);
     if target == cuts.len() {
         return Ok(());
@@ -140,7 +161,7 @@ fn split_until_multiple(cuts: &mut Vec<Range<usize>>, ranks: usize) -> Result<()
         .collect();
     while cuts.len() < target {
         let Some((rows, at)) = largest.pop().filter(|(rows, _)| *rows > 1) else {
-            return Err(target);
+            return Err(Refused::Number(target));
         };
         let cut = cuts[at].clone();
         let middle = cut.start + rows / 2;
@@ -163,7 +184,9 @@ mod tests {
         for cost in [Cost::Padded, Cost::Tokens] {
             for ranks in [1, 3, 8] {
                 let mut order = vec![-1; lengths.len()];
-                let bounds = batches(&lengths, (100, cost), ranks, (7, 2), &mut order).unwrap();
+                let given = (100, cost);
+                let bounds =
+                    token_batches(&lengths, given, ranks, (7, 2), &mut order, &|| false).unwrap();
                 assert_eq!((bounds.len() - 1) % ranks, 0);
                 for pair in bounds.windows(2) {
                     let rows = &order[pair[0] as usize..pair[1] as usize];
@@ -183,8 +206,25 @@ mod tests {
     #[test]
     fn rows_that_cannot_be_split_are_reported() {
         let mut order = [0; 3];
-        let result = batches(&[9, 9, 9], (9, Cost::Tokens), 2, (0, 0), &mut order);
-        assert_eq!(result, Err(4));
+        let go_on = &|| false;
+        let given = (9, Cost::Tokens);
+        let result = token_batches(&[9, 9, 9], given, 2, (0, 0), &mut order, go_on);
+        assert_eq!(result, Err(Refused::Number(4)));
+        let given = (1 << 62, Cost::Tokens);
+        let result = token_batches(&[0; 3], given, 1 << 58, (0, 0), &mut order, go_on);
+        assert_eq!(result, Err(Refused::Number(1 << 58)));
+    }
+
+    #[test]
+    fn it_stops_where_it_is_told_to() {
+        let result = token_batches(&[1], (1, Cost::Padded), 1, (0, 0), &mut [0], &|| true);
+        assert_eq!(result, Err(Refused::Failed(Failure::Interrupted)));
+    }
+
+    #[test]
+    fn a_row_above_the_budget_is_a_batch() {
+        // Lengths are checked before, but another thread may change them meanwhile.
+        assert_eq!(padded(&[3, 9], 5, &mut [0, 1]), [0..1, 1..2]);
     }
 
     #[test]

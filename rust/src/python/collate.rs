@@ -4,11 +4,11 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
+use super::buffer::{Call, Dtype, Reader, Writer, shape_text};
 use super::ids::Column;
 use crate::batches::collate::{Batch, Keep, Layout, Options, Sequences, Slots};
 use crate::batches::ids::Ids;
 use crate::batches::place_rows as placing;
-use crate::python::buffer::{Call, Dtype, Reader, Writer, shape_text};
 use crate::rows::Rows;
 
 /// The int64 offsets of the columns.

@@ -2,8 +2,10 @@
 
 mod buffer;
 pub mod collate;
+mod detached;
 mod exact_lists;
 pub mod gae;
+mod grid;
 pub mod groups;
 mod ids;
 pub mod lists;
@@ -12,7 +14,6 @@ pub mod packing;
 pub mod padding_free;
 pub mod returns;
 pub mod sampling;
-mod shapes;
 pub mod token_rewards;
 
 use pyo3::prelude::*;

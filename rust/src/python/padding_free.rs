@@ -4,9 +4,9 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
+use super::buffer::{Call, Reader, Writer, shape_text};
 use super::ids::Column;
 use crate::batches::padding_free::{self, Flat, Mask, Tokens};
-use crate::python::buffer::{Call, Reader, Writer, shape_text};
 
 const PLACE: &str = "prefkern.data.flatten";
 

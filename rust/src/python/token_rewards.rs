@@ -1,22 +1,15 @@
 //! `token_rewards`.
 
-use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
-use super::{Array, shapes};
+use super::Array;
+use super::buffer::{Call, Dtype, Reader, Writer};
+use super::grid::{Cells, Given, is_wide, per_row, same_shape};
 use crate::advantages::token_rewards::{Estimator, Refused, Rewards};
-use crate::python::buffer::{Call, Dtype, Reader, Writer};
 use crate::rows::name_rows;
 use crate::scan::Real;
 
-/// What `token_rewards` was called with, before the element type is known.
-struct Arguments<'a, 'py> {
-    logps: Array<'a, 'py>,
-    ref_logps: Array<'a, 'py>,
-    scores: Array<'a, 'py>,
-    rewards: Array<'a, 'py>,
-    mask: Option<Array<'a, 'py>>,
-    cu_seqlens: Option<Array<'a, 'py>>,
+struct Options {
     kl_coef: f64,
     estimator: Estimator,
     after_last: bool,
@@ -51,40 +44,40 @@ pub fn token_rewards(
             )));
         }
     };
-    let arguments = Arguments {
-        logps,
-        ref_logps,
-        scores,
-        rewards,
-        mask,
-        cu_seqlens,
+    let options = Options {
         kl_coef,
         estimator,
         after_last,
         threads,
     };
-    if PyUntypedBuffer::get(logps).is_ok_and(|buffer| buffer.item_size() == 8) {
-        typed::<f64>(py, call, arguments)
+    let given = Given {
+        mask,
+        cu_seqlens,
+        ..Given::default()
+    };
+    let arrays = [logps, ref_logps, scores, rewards];
+    if is_wide(&call, "logps", logps)? {
+        typed::<f64>(py, call, arrays, &given, &options)
     } else {
-        typed::<f32>(py, call, arguments)
+        typed::<f32>(py, call, arrays, &given, &options)
     }
 }
 
 fn typed<T: Dtype + Real>(
     py: Python<'_>,
     mut call: Call,
-    given: Arguments<'_, '_>,
+    [logps, ref_logps, scores, rewards]: [Array<'_, '_>; 4],
+    given: &Given<'_, '_>,
+    options: &Options,
 ) -> PyResult<()> {
-    let mut rewards: Writer<T> = call.write("rewards", given.rewards)?;
-    let logps: Reader<T> = call.read("logps", given.logps)?;
-    let ref_logps: Reader<T> = call.read("ref_logps", given.ref_logps)?;
+    let mut rewards: Writer<T> = call.write("rewards", rewards)?;
+    let logps: Reader<T> = call.read("logps", logps)?;
+    let ref_logps: Reader<T> = call.read("ref_logps", ref_logps)?;
     let like = ("logps", logps.shape());
-    shapes::same_shape(&call, like, ("ref_logps", ref_logps.shape()))?;
-    shapes::same_shape(&call, like, ("rewards", rewards.shape()))?;
-    let mask = shapes::flags(&mut call, "mask", given.mask, like)?;
-    let offsets = shapes::offsets(&mut call, given.cu_seqlens)?;
-    let rows = shapes::rows(&call, like, offsets.as_ref())?;
-    let scores: Reader<T> = shapes::per_row(&mut call, "scores", given.scores, rows.count())?;
+    same_shape(&call, like, ("ref_logps", ref_logps.shape()))?;
+    same_shape(&call, like, ("rewards", rewards.shape()))?;
+    let cells = Cells::<T>::read(&mut call, like, given)?;
+    let scores: Reader<T> = per_row(&mut call, "scores", scores, cells.rows())?;
     let scores = scores.slice();
     let wrong: Vec<usize> = (0..scores.len())
         .filter(|&row| !scores[row].widen().is_finite())
@@ -99,14 +92,13 @@ fn typed<T: Dtype + Real>(
         logps: logps.slice(),
         ref_logps: ref_logps.slice(),
         scores,
-        mask: mask.as_ref().map(Reader::slice),
-        rows,
-        kl_coef: given.kl_coef,
-        estimator: given.estimator,
-        after_last: given.after_last,
+        grid: cells.grid(),
+        kl_coef: options.kl_coef,
+        estimator: options.estimator,
+        after_last: options.after_last,
     };
     let rewards = rewards.slice_mut();
-    py.detach(|| problem.run(rewards, given.threads))
+    py.detach(|| problem.run(rewards, options.threads))
         .map_err(|refused| match refused {
             Refused::Empty(rows) => call.value_error(format!(
                 "scores of rows without a scored position must be 0, because nothing can carry them, got others in {}",

@@ -1,6 +1,7 @@
 //! Flags of a row as runs, last first.
 
-use crate::scan::{BLOCK, bits_of};
+/// Flags that are looked at together.
+const BLOCK: usize = 64;
 
 /// Runs of equal flags, found from the end of a row.
 pub struct Runs<'a> {
@@ -56,13 +57,23 @@ impl<'a> Runs<'a> {
 }
 
 /// At most a block of flags as bits, the first lowest.
-pub(super) fn bits(flags: &[u8]) -> u64 {
-    if let Some(block) = flags.first_chunk() {
-        return bits_of(block);
-    }
-    let mut block = [0; BLOCK];
-    block[..flags.len()].copy_from_slice(flags);
-    bits_of(&block)
+fn bits(flags: &[u8]) -> u64 {
+    let (eights, rest) = flags.as_chunks();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let eights = eights.iter().rev();
+    eights.fold(bits_of_eight(last), |bits, &eight| {
+        bits << 8 | bits_of_eight(eight)
+    })
+}
+
+fn bits_of_eight(flags: [u8; 8]) -> u64 {
+    const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
+    let word = u64::from_le_bytes(flags);
+    // The highest bit of every byte that is not 0, ...
+    let set = ((word & LOW) + LOW | word) & !LOW;
+    // ... moved to the highest byte, that of the first flag lowest.
+    (set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }
 
 #[cfg(test)]

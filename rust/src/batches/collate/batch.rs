@@ -1,5 +1,7 @@
 //! The outputs of a collated batch.
 
+use crate::rows::Split;
+
 /// Where the tokens of a batch are written, each output with the cells of all sequences.
 pub struct Batch<'o> {
     pub input_ids: &'o mut [i64],
@@ -8,17 +10,12 @@ pub struct Batch<'o> {
     pub position_ids: Option<&'o mut [i64]>,
 }
 
-impl<'o> Batch<'o> {
-    /// The first `cells` cells of every output, and the others.
-    pub(super) fn split(self, cells: usize) -> (Batch<'o>, Batch<'o>) {
-        let (input_ids, ids_after) = self.input_ids.split_at_mut(cells);
-        let (completion_mask, completion_after) = self.completion_mask.split_at_mut(cells);
-        let (attention_mask, attention_after) = self
-            .attention_mask
-            .map(|mask| mask.split_at_mut(cells))
-            .unzip();
-        let (position_ids, positions_after) =
-            self.position_ids.map(|ids| ids.split_at_mut(cells)).unzip();
+impl Split for Batch<'_> {
+    fn split(self, rows: usize, cells: usize) -> (Self, Self) {
+        let (input_ids, later_ids) = self.input_ids.split_at_mut(cells);
+        let (completion_mask, later_completion) = self.completion_mask.split_at_mut(cells);
+        let (attention_mask, later_attention) = self.attention_mask.split(rows, cells);
+        let (position_ids, later_positions) = self.position_ids.split(rows, cells);
         (
             Batch {
                 input_ids,
@@ -27,10 +24,10 @@ impl<'o> Batch<'o> {
                 position_ids,
             },
             Batch {
-                input_ids: ids_after,
-                completion_mask: completion_after,
-                attention_mask: attention_after,
-                position_ids: positions_after,
+                input_ids: later_ids,
+                completion_mask: later_completion,
+                attention_mask: later_attention,
+                position_ids: later_positions,
             },
         )
     }

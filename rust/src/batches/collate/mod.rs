@@ -8,10 +8,9 @@ use std::sync::Mutex;
 
 pub use batch::Batch;
 
-use crate::batches::ids::Ids;
-use crate::rows::{Rows, check_offsets, name_rows, share};
+use super::ids::Ids;
+use crate::rows::{Rows, check_offsets, name_rows};
 use crate::scan::widest;
-use crate::threads::Helpers;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
@@ -139,7 +138,7 @@ impl<'a> Sequences<'a> {
         ids: &[Ids<'_>],
         slots: Slots<'_>,
         pad: i64,
-        mut batch: Batch<'_>,
+        batch: Batch<'_>,
         threads: usize,
     ) -> Result<(), String> {
         if ids.len() != self.names.len() {
@@ -154,28 +153,16 @@ impl<'a> Sequences<'a> {
                 ));
             }
         }
-        let helpers = Helpers::for_bytes(32 * slots.rows.total(), threads);
-        let mut parts = Vec::new();
-        let mut start = 0;
-        for sequences in slots.rows.groups(helpers.threads()) {
-            let end = slots.rows.range(sequences.end - 1).end;
-            let (part, rest) = batch.split(end - start);
-            parts.push((sequences, part));
-            (batch, start) = (rest, end);
-        }
         let first_error: Mutex<Option<(usize, String)>> = Mutex::new(None);
-        share(parts, helpers, |(sequences, mut part)| {
-            for sequence in sequences {
-                let (slot, rest) = part.split(slots.rows.range(sequence).len());
-                part = rest;
-                if let Err(message) = self.fill_one(sequence, ids, slots.pivot, pad, slot)
-                    && let Ok(mut first) = first_error.lock()
-                    && first
-                        .as_ref()
-                        .is_none_or(|(earlier, _)| sequence < *earlier)
-                {
-                    *first = Some((sequence, message));
-                }
+        let rows = slots.rows;
+        rows.each(batch, 32 * rows.total(), threads, |sequence, slot| {
+            if let Err(message) = self.fill_one(sequence, ids, slots.pivot, pad, slot)
+                && let Ok(mut first) = first_error.lock()
+                && first
+                    .as_ref()
+                    .is_none_or(|(earlier, _)| sequence < *earlier)
+            {
+                *first = Some((sequence, message));
             }
         });
         match first_error.into_inner() {

@@ -13,10 +13,10 @@ use std::array::from_fn;
 use super::{Cells, Real};
 
 /// Cells of a window.
-const LANES: usize = 8;
+const LANES: usize = 4;
 /// Cells whose deltas are made before they are used: long enough for what is written to be there when it is read across
 /// the borders of registers, short enough to stay next to the core. (64 and 512 cells take 1.4 times as long.)
-const BLOCK: usize = 128;
+const BLOCK: usize = 64;
 
 /// What the recursion carries from a cell to the one before it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,7 +60,6 @@ impl Windows {
         };
         // For each lane, what is behind its window; and the windows of four that follow those of a step.
         let mut behind: Lanes = from_fn(|lane| power[LANES - lane] * state.advantage);
-        let mut later = [0.0; LANES];
         let mut end = count;
         while end > left {
             let start = end.saturating_sub(BLOCK).max(left);
@@ -73,19 +72,12 @@ impl Windows {
                 let delta = &block.deltas[at * LANES..at * LANES + LANES + 3];
                 let pair = |at: usize| delta[at] + power[1] * delta[at + 1];
                 let four: Lanes = from_fn(|lane| pair(lane) + power[2] * pair(lane + 2));
-                let next: Lanes = from_fn(|lane| {
-                    if lane < 4 {
-                        four[lane + 4]
-                    } else {
-                        later[lane - 4]
-                    }
-                });
-                let sums: Lanes = from_fn(|lane| four[lane] + power[4] * next[lane] + behind[lane]);
+                let sums: Lanes = from_fn(|lane| four[lane] + behind[lane]);
                 let values = block.values[at];
                 advantages[at] = sums.map(T::narrow);
                 returns[at] = from_fn(|lane| T::narrow(sums[lane] + values[lane].widen()));
                 behind = sums.map(|sum| power[LANES] * sum);
-                (later, state.advantage) = (four, sums[0]);
+                state.advantage = sums[0];
             }
             state.value = block.values[0][0].widen();
             end = start;

@@ -54,7 +54,10 @@ impl<'a> Rows<'a> {
 
     /// Consecutive groups of rows of about equal size, several for each thread.
     fn groups(&self, threads: usize) -> Vec<Range<usize>> {
-        let target = (self.total() / (4 * threads)).max(CELLS_PER_TASK);
+        let target = match threads {
+            1 => usize::MAX,
+            _ => (self.total() / (4 * threads)).max(CELLS_PER_TASK),
+        };
         let mut groups = Vec::new();
         let (mut first, mut cells) = (0, 0);
         for row in 0..self.count() {
@@ -70,8 +73,8 @@ impl<'a> Rows<'a> {
         groups
     }
 
-    /// Calls `work` with every row, the last first, and its part of the outputs, on as many threads as are worth while for `bytes` of memory
-    /// traffic.
+    /// Calls `work` with every row, the last first, and its part of the outputs, on as many threads as are worth while for
+    /// `bytes` of memory traffic.
     pub fn each<O: Split + Send>(
         &self,
         outputs: O,
@@ -81,11 +84,7 @@ impl<'a> Rows<'a> {
     ) {
         let threads = worth(bytes, threads);
         let (mut parts, mut outputs) = (Vec::new(), outputs);
-        let groups = match threads {
-            1 => vec![0..self.count()],
-            _ => self.groups(threads),
-        };
-        for rows in groups {
+        for rows in self.groups(threads) {
             let cells = self.range(rows.end - 1).end - self.range(rows.start).start;
             let (part, rest) = outputs.split(rows.len(), cells);
             parts.push((rows, part));
@@ -223,7 +222,7 @@ mod tests {
             },
             Rows::Padded { rows: 9, width: 0 },
         ] {
-            for threads in [2, 5] {
+            for threads in [1, 2, 5] {
                 let covered: Vec<usize> = rows.groups(threads).into_iter().flatten().collect();
                 assert_eq!(covered, (0..rows.count()).collect::<Vec<_>>());
             }
@@ -254,6 +253,12 @@ mod tests {
         });
         assert_eq!(cells, [0, 1, 202, 203, 204]);
         assert_eq!(of_rows, [2, 10, 23]);
+    }
+
+    #[test]
+    fn no_rows_are_no_work() {
+        let none: &mut [u8] = &mut [];
+        Rows::Packed(&[0]).each(none, 0, 1, |_, _| unreachable!());
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub fn share<P: Send>(parts: Vec<P>, threads: usize, work: impl Fn(P) + Sync) {
     };
     thread::scope(|scope| {
         for _ in 0..others {
-            if Builder::new().spawn_scoped(scope, &all).is_err() {
+            if Builder::new().spawn_scoped(scope, all).is_err() {
                 break;
             }
         }

@@ -2,14 +2,14 @@
 //! Chan's formula. The blocks do not depend on the number of threads, so that neither does the result.
 
 use crate::failure::{Failure, filled};
-use crate::scan::{Real, widest};
+use crate::scan::{Real, Work, widest};
 use crate::threads::{share, worth};
 
 const BLOCK: usize = 1 << 12;
 const BLOCKS_PER_TASK: usize = 16;
 static ALL: [u8; BLOCK] = [1; BLOCK];
 /// Sums side by side.
-const LANES: usize = 16;
+const LANES: usize = 8;
 type Sums = [[f64; LANES]; 2];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,17 +109,37 @@ fn sums<T: Real>(cells: &[T], mask: &[u8], center: f64) -> (f64, f64) {
     let (whole, rest) = cells.as_chunks::<LANES>();
     let (flags, rest_flags) = mask.as_chunks::<LANES>();
     add(rest, rest_flags, center, &mut lanes);
-    widest(|| {
-        let mut sums = lanes; // a copy, which can stay in registers
-        for (cells, flags) in whole.iter().zip(flags) {
-            add(cells, flags, center, &mut sums);
-        }
-        lanes = sums;
+    let lanes = widest(Adding {
+        cells: whole,
+        flags,
+        center,
+        lanes,
     });
     (lanes[0].iter().sum(), lanes[1].iter().sum())
 }
 
-#[inline(always)] // into the function that is compiled with wider registers
+/// The cells of whole lanes.
+struct Adding<'a, T> {
+    cells: &'a [[T; LANES]],
+    flags: &'a [[u8; LANES]],
+    center: f64,
+    lanes: Sums,
+}
+
+impl<T: Real> Work for Adding<'_, T> {
+    type Output = Sums;
+
+    #[inline(always)]
+    fn run(self) -> Sums {
+        let mut lanes = self.lanes;
+        for (cells, flags) in self.cells.iter().zip(self.flags) {
+            add(cells, flags, self.center, &mut lanes);
+        }
+        lanes
+    }
+}
+
+#[inline(always)]
 fn add<T: Real>(cells: &[T], mask: &[u8], center: f64, [first, second]: &mut Sums) {
     for (lane, (cell, &flag)) in cells.iter().zip(mask).enumerate() {
         let deviation = if flag != 0 {
@@ -158,16 +178,31 @@ pub fn standardise<T: Real>(
                 out.copy_from_slice(&x[inside.clone()]);
             }
             let mask = mask.map_or(&ALL[..out.len()], |mask| &mask[inside]);
-            widest(|| standardise_block(out, mask, line));
+            widest(Standardising {
+                cells: out,
+                mask,
+                line,
+            });
         }
     });
 }
 
-#[inline(always)] // into the function that is compiled with wider registers
-fn standardise_block<T: Real>(cells: &mut [T], mask: &[u8], [center, scale, shift]: [f64; 3]) {
-    for (cell, &flag) in cells.iter_mut().zip(mask) {
-        let value = (cell.widen() - center) * scale + shift;
-        *cell = T::narrow(if flag != 0 { value } else { 0.0 });
+struct Standardising<'a, T> {
+    cells: &'a mut [T],
+    mask: &'a [u8],
+    line: [f64; 3],
+}
+
+impl<T: Real> Work for Standardising<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let [center, scale, shift] = self.line;
+        for (cell, &flag) in self.cells.iter_mut().zip(self.mask) {
+            let value = (cell.widen() - center) * scale + shift;
+            *cell = T::narrow(if flag != 0 { value } else { 0.0 });
+        }
     }
 }
 

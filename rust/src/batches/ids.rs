@@ -17,7 +17,6 @@ impl Ids<'_> {
     }
 
     /// Copies a range into as many cells; whether an id among them is negative.
-    #[inline(always)] // into functions that are compiled with wider registers
     pub fn copy(&self, range: Range<usize>, out: &mut [i64]) -> bool {
         match self {
             Ids::I32(ids) => copy(&ids[range], out),
@@ -26,7 +25,6 @@ impl Ids<'_> {
     }
 }
 
-#[inline(always)]
 fn copy<T: Copy + Into<i64>>(ids: &[T], out: &mut [i64]) -> bool {
     let mut seen = 0;
     for (to, &from) in out.iter_mut().zip(ids) {

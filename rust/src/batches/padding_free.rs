@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ids::Ids;
 use crate::rows::{Rows, Split};
-use crate::scan::widest;
 
 /// The flags of a padded batch, as they are stored.
 #[derive(Clone, Copy)]
@@ -131,14 +130,11 @@ impl Split for Flat<'_> {
 
 /// A run of tokens that stand in cells from `cell` on; whether one is negative.
 fn run(ids: Ids<'_>, range: Range<usize>, cell: usize, position: usize, out: Flat<'_>) -> bool {
-    widest(|| {
-        count_up(position as i64, out.positions);
-        count_up(cell as i64, out.indices);
-        ids.copy(range, out.ids)
-    })
+    count_up(position as i64, out.positions);
+    count_up(cell as i64, out.indices);
+    ids.copy(range, out.ids)
 }
 
-#[inline(always)]
 fn count_up(first: i64, out: &mut [i64]) {
     for (at, number) in out.iter_mut().enumerate() {
         *number = first + at as i64;

@@ -7,5 +7,5 @@ mod windows;
 
 pub use cells::{Cells, Input};
 pub use real::Real;
-pub use widest::widest;
+pub use widest::{Work, widest};
 pub use windows::{State, Windows};

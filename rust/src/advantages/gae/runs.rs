@@ -71,7 +71,7 @@ fn bits_of_eight(flags: [u8; 8]) -> u64 {
     const LOW: u64 = 0x7f7f_7f7f_7f7f_7f7f;
     let word = u64::from_le_bytes(flags);
     // The highest bit of every byte that is not 0, ...
-    let set = ((word & LOW) + LOW | word) & !LOW;
+    let set = (((word & LOW) + LOW) | word) & !LOW;
     // ... moved to the highest byte, that of the first flag lowest.
     (set >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56
 }

@@ -172,7 +172,7 @@ fn near(a: f32, b: f32, terms: f32) -> bool {
 }
 
 #[test]
-fn eight_cells_at_a_time_or_one() {
+fn four_cells_at_a_time_or_one() {
     let widths = (0..36).chain([
         63, 64, 65, 126, 127, 128, 129, 135, 136, 137, 255, 256, 257, 300, 1000,
     ]);

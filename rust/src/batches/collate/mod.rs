@@ -10,7 +10,6 @@ pub use batch::Batch;
 
 use super::ids::Ids;
 use crate::rows::{Rows, check_offsets, name_rows};
-use crate::scan::widest;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
@@ -195,11 +194,10 @@ impl<'a> Sequences<'a> {
         let (pivot, end) = (begin + prompt, begin + length);
         let input_ids = slot.input_ids;
         let (prompts, completions) = (ids[0], ids[window.completion]);
-        let negative = widest(|| {
-            prompts.copy(window.prompt_ids.clone(), &mut input_ids[begin..pivot])
-                | completions.copy(window.completion_ids.clone(), &mut input_ids[pivot..end])
-        });
-        if negative {
+        let of_prompt = prompts.copy(window.prompt_ids.clone(), &mut input_ids[begin..pivot]);
+        let of_completion =
+            completions.copy(window.completion_ids.clone(), &mut input_ids[pivot..end]);
+        if of_prompt || of_completion {
             return Err(self.negative(&window, &input_ids[begin..end]));
         }
         input_ids[..begin].fill(pad);

@@ -188,9 +188,9 @@ fn shared_out(case: &Case) {
         .collect();
     let parts = usize::from(case.parts % 9) + 1;
     if lengths.len() >= parts {
-        let equal = case.flags[0] && lengths.len() % parts == 0;
+        let equal = case.flags[0] && lengths.len().is_multiple_of(parts);
         let mut part_of = vec![-1; lengths.len()];
-        balance::balance(&lengths, parts, equal, &mut part_of);
+        balance::balance(&lengths, parts, equal, &mut part_of, &|| false).expect("memory");
         let mut counts = vec![0; parts];
         part_of.iter().for_each(|&part| counts[part as usize] += 1);
         assert!(!equal || counts.iter().all(|&count| count == lengths.len() / parts));
@@ -202,7 +202,11 @@ fn shared_out(case: &Case) {
     };
     let mut order = vec![-1; lengths.len()];
     let given = (case.seed, case.seed >> 7);
-    if let Ok(bounds) = token_batches::batches(&lengths, (budget, cost), parts, given, &mut order) {
+    if let Ok(bounds) =
+        token_batches::token_batches(&lengths, (budget, cost), parts, given, &mut order, &|| {
+            false
+        })
+    {
         assert_eq!((bounds.len() - 1) % parts, 0);
         order.sort_unstable();
         assert!(order.iter().enumerate().all(|(at, &row)| row == at as i64));

@@ -53,8 +53,8 @@ def terms(case, gamma, lam, masked):
 
 
 def assert_close(got, expected, case, gamma, lam, masked="skip"):
-    """float32 results are float64 sums rounded once. In float64 each of T steps rounds five times, here and in the expected
-    numbers."""
+    """float32 results are float64 sums rounded once. In float64 each of T steps rounds five times, here and in what is
+    expected."""
     dtype, (rows, width) = case["rewards"].dtype, case["rewards"].shape
     error = 10 * width * np.finfo(np.float64).eps * terms(case, gamma, lam, masked)
     for actual, wanted in zip(got, expected, strict=True):
@@ -222,7 +222,7 @@ def test_four_cells_at_a_time_or_one():
 
 
 def test_four_at_a_time_is_what_runs():
-    """Else the tests above would pass without it. Cell by cell, 1 is lost in 1 + 2^60 - 2^60; a window's pair cancels."""
+    """Else the tests above would pass without it. Cell by cell, 1 is lost in 1 + 2^60 - 2^60; in pairs it is not."""
     rewards = np.zeros((1, 8), np.float32)
     rewards[0, [4, 5, 7]] = -(2.0**60), 2.0**60, 1.0
     values = np.zeros_like(rewards)

@@ -281,12 +281,13 @@ def test_outputs_are_refused():
 def test_an_output_of_another_shape_is_no_input():
     """Its memory is the same, but not its rows."""
     both = np.arange(6, dtype=np.float32)
-    other = np.empty((2, 3), np.float32)
+    other, values = np.empty((2, 3), np.float32), VALUES[:2, :3].copy()
+    message = "rewards and values must have the same shape, got "
     for out in ((both.reshape(2, 3), other), (other, both.reshape(2, 3))):
-        with pytest.raises(ValueError, match=re.escape("rewards and values must have the same shape, got (3, 2) and (2, 3)")):
-            gae(both.reshape(3, 2), VALUES[:2, :3].copy(), out=out)
-        with pytest.raises(ValueError, match=re.escape("rewards and values must have the same shape, got (2, 3) and (3, 2)")):
-            gae(VALUES[:2, :3].copy(), both.reshape(3, 2), out=out)
+        with pytest.raises(ValueError, match=re.escape(message + "(3, 2) and (2, 3)")):
+            gae(both.reshape(3, 2), values, out=out)
+        with pytest.raises(ValueError, match=re.escape(message + "(2, 3) and (3, 2)")):
+            gae(values, both.reshape(3, 2), out=out)
     np.testing.assert_array_equal(both, np.arange(6))
 
 

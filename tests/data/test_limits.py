@@ -18,21 +18,8 @@ RNG = np.random.default_rng(5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-@pytest.mark.parametrize(
-    "call",
-    [
-        "_core.pack(lengths, 1 << 40, order, offsets)",
-        "_core.pack(lengths, 4096, order, offsets)",
-        "_core.balance_lengths(lengths, 8, False, order)",
-        "_core.token_batches(lengths, order, offsets, budget=4096, padded=True, ranks=1, seed=0, epoch=0)",
-        "_core.token_batches(lengths, order, offsets, budget=4096, padded=False, ranks=1, seed=0, epoch=0)",
-        "_core.group_advantages(cells, out, method='per_group', ids=lengths)",
-        "_core.group_advantages(cells, out, method='per_group', size=1)",
-        "_core.gae(rows, rows, out.reshape(-1, 1), other.reshape(-1, 1), moments=True, **options)",
-    ],
-)
-def test_a_call_that_finds_no_memory_raises_memory_error(call):
-    script = f"""
+def test_a_call_that_finds_no_memory_raises_memory_error():
+    script = """
         import resource
         import numpy as np
         from prefkern import _core
@@ -40,22 +27,38 @@ def test_a_call_that_finds_no_memory_raises_memory_error(call):
         n = 6_000_000
         lengths = np.arange(n) % 4096
         order, offsets = np.empty(n, np.int64), np.empty(n + 1, np.int64)
-        cells, out, other = np.zeros((3, n), np.float32)
-        rows = cells.reshape(-1, 1)
-        options = {{"gamma": 0.9, "lam": 0.9, "masked": "skip"}}
+        cells, out, other = np.zeros((3, n, 1), np.float32)
+        batches = {"budget": 4096, "ranks": 1, "seed": 0, "epoch": 0}
+        calls = [
+            lambda: _core.pack(lengths, 1 << 40, order, offsets),
+            lambda: _core.pack(lengths, 4096, order, offsets),
+            lambda: _core.balance_lengths(lengths, 8, False, order),
+            lambda: _core.token_batches(lengths, order, offsets, padded=True, **batches),
+            lambda: _core.token_batches(lengths, order, offsets, padded=False, **batches),
+            lambda: _core.group_advantages(cells.ravel(), out.ravel(), method="per_group", ids=lengths),
+            lambda: _core.group_advantages(cells.ravel(), out.ravel(), method="per_group", size=1),
+            lambda: _core.gae(cells, cells, out, other, gamma=0.9, lam=0.9, masked="skip", moments=True),
+        ]
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (8 << 20),) * 2)
-        try:
-            {call}
-        except MemoryError as error:
-            print(error)
+        for call in calls:
+            try:
+                call()
+                print("memory enough")
+            except MemoryError as error:
+                assert str(error) == "there is no memory for what this takes besides its arrays"
+        print("done")
         """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.strip()) == (0, "there is no memory for what this takes besides its arrays"), done
+    assert (done.returncode, done.stdout.strip()) == (0, "done"), done
 
 
-class Alarm(Exception):
+class RangError(Exception):
     pass
+
+
+def ring(*_):
+    raise RangError
 
 
 @pytest.mark.parametrize("capacity", [4096, 1 << 40])
@@ -63,23 +66,19 @@ def test_a_signal_ends_a_long_call(capacity):
     n = 8_000_000 if capacity == 4096 else 2_000_000
     lengths = RNG.integers(1, capacity, n)
     order, offsets = np.empty(n, np.int64), np.empty(n + 1, np.int64)
-    start = time.perf_counter()
-    _core.pack(lengths, capacity, order, offsets)
-    whole = time.perf_counter() - start
 
-    def ring(*_):
-        raise Alarm
+    def call():
+        _core.pack(lengths, capacity, order, offsets)
+        time.sleep(1)  # it may have ended first
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        for _ in range(20):  # a busy machine may let the call end first
-            # While items are placed: sorting them is not interrupted.
+        for _ in range(20):  # a machine may be so fast, or so busy, that the call ends first
+            order[:] = -1
             signal.setitimer(signal.ITIMER_REAL, 0.05)
-            start = time.perf_counter()
-            with pytest.raises(Alarm):
-                _core.pack(lengths, capacity, order, offsets)
-                time.sleep(1)  # the call was over first
-            if time.perf_counter() - start < 0.9 * whole:
+            with pytest.raises(RangError):
+                call()
+            if (order == -1).all():  # it is written last
                 return
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -44,7 +44,10 @@ struct Block<T> {
 
 impl Windows {
     pub fn new(gamma: f64, decay: f64) -> Self {
-        let powers = from_fn(|exponent| decay.powi(exponent as i32));
+        let mut powers = [1.0; LANES + 1];
+        for exponent in 0..LANES {
+            powers[exponent + 1] = powers[exponent] * decay;
+        }
         Windows { gamma, powers }
     }
 

@@ -264,3 +264,20 @@ def test_states_of_others_are_refused():
             token_batches(*other).load_state_dict(state)
     with pytest.raises(ValueError, match=re.escape("state['done'] must be at most the epoch's 2 batches, got 3")):
         token_batches([1, 2, 3], 5, seed=1).load_state_dict(state | {"done": 3})
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_pass_over_nothing_is_an_epoch(rank):
+    empty = token_batches([], 4, ranks=2, rank=rank)
+    assert [list(empty), empty.epoch, list(empty), empty.epoch] == [[], 1, [], 2]
+    trained = token_batches([1, 2, 3, 4], 4, ranks=2, rank=rank)
+    trained.load_state_dict(trained.state_dict(done=len(trained)))  # all of epoch 0
+    assert list(trained) == []
+    assert trained.state_dict() | {"epoch": 1, "done": 0} == trained.state_dict()
+    assert len(list(trained)) == len(token_batches([1, 2, 3, 4], 4, ranks=2, rank=rank))
+
+
+def test_a_state_of_the_same_lengths_in_another_order_is_refused():
+    state = token_batches([1, 2, 3], 5).state_dict()
+    with pytest.raises(ValueError, match=r"state must be of the same lengths, got \d+, not \d+"):
+        token_batches([1, 3, 2], 5).load_state_dict(state)

@@ -41,11 +41,10 @@ def gae(
     arrays or torch CPU tensors, read without a copy where they are contiguous. Lists of lists and Arrow list arrays of
     unequal lengths are taken too. The result is of the kind of ``rewards``.
 
-    float64 is summed cell by cell. float32 is scanned sixteen cells at a time in vector registers where the processor
-    has AVX-512 or AVX2: each advantage is within ``2^-20`` of the sum of the absolute terms, ``sum_k (gamma lam)^k (|r|
-    + gamma |V'| + |V|)``, whatever the length of the row (the sums from one sixteen to the next run in float64), and
-    threads, other rows and padding change no digit. ``exact=True`` sums float32 cell by cell too, in float64, and
-    rounds once: the same digits on every processor, in several times the time.
+    Sums run in float64 and are rounded once; threads, other rows and padding change no digit, nor does the processor.
+    float64 is summed cell by cell. float32 is summed eight cells at a time, in less than half the time, and
+    ``exact=True`` sums it cell by cell too: then masked positions within a row change no digit either (else one in many
+    millions, where a sum lies in the middle between two float32).
 
     ``terminated`` (bool or 0/1, shaped like ``rewards``): nothing after such a position, NaN included, has an effect on
     it. A truncation is not a termination: end the row there and give its ``bootstrap``.
@@ -65,8 +64,8 @@ def gae(
         [[1.1875, 0.0, -5.0]]
 
     ``whiten=True`` shifts and scales the scored advantages to mean 0 and variance 1, as `whiten` does; the returns are
-    those of the advantages before. float32 that was scanned is scaled in float32, within ``3 * 2^-24`` of each result.
-    ``group`` takes the statistics over the ranks of a process group, all of which must call.
+    those of the advantages before. ``group`` takes the statistics over the ranks of a process group, all of which must
+    call.
 
     ``out=(advantages, returns)``: contiguous arrays to write into, which spares the first touch of fresh memory. Each
     may be exactly ``rewards`` or ``values``, unless ``whiten`` is set; any other overlap is refused.
@@ -103,7 +102,7 @@ def gae(
     )
     if whiten:
         stats = finite_stats(rows, MaskedStats(*found), group, partial(_not_finite, rows, second, scored, masked))
-        standardise(rows, stats, targets[0], targets[0], scored, exact=exact)
+        standardise(rows, stats, targets[0], targets[0], scored)
     if out is not None:
         return Advantages(*out)
     return Advantages(*(rows.restore(target) for target in targets))

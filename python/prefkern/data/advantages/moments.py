@@ -83,9 +83,8 @@ def standardise(
     flags: Array | None,
     *,
     shift: float = 0.0,
-    exact: bool = True,
 ) -> None:
-    """Fills ``out``, which may be ``x``: mean ``shift`` and variance 1, rounded once if ``exact``."""
+    """Fills ``out``, which may be ``x``: mean ``shift`` and variance 1, rounded once."""
     core().standardise(
         f"prefkern.{cells.where}",
         x,
@@ -94,7 +93,6 @@ def standardise(
         scale=1 / math.sqrt(stats.variance + VARIANCE_EPSILON),
         shift=shift,
         mask=flags,
-        exact=exact,
         threads=threads(),
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from prefkern import check
 from prefkern.data.arrays.ragged import Ragged, is_column, like_array, like_column, ragged, rectangle, same_rows
-from prefkern.data.arrays.views import Array, beside, flags, floats, indices, is_array, is_arrow, vector, view
+from prefkern.data.arrays.views import Array, flags, floats, indices, is_array, is_arrow, vector, view
 
 
 class Grid(NamedTuple):
@@ -49,7 +49,7 @@ class Grid(NamedTuple):
 
     def fresh(self) -> Array:
         """An output for the same cells."""
-        return beside(self.cells)
+        return np.empty(self.cells.shape, self.cells.dtype)
 
     def not_finite(self, cells: Array, flags: Array | None) -> str | None:
         """The first number that is NaN or infinite where ``flags`` is set, and its place: ``nan at [2, 5]``."""

@@ -90,27 +90,6 @@ def packed(array: Array) -> Array:
     return array if layout.c_contiguous and layout.aligned else np.require(array, requirements=["C", "A"])
 
 
-PAGE = 4096
-WORTH_PLACING = 1 << 20
-
-
-def beside(array: Array) -> Array:
-    """An unwritten array of the same shape and dtype whose memory begins at the same place of a page as that of
-    ``array``. Processors tell loads from earlier stores by that place first: where an output lies a little before an
-    input in their pages, every load of a backward pass waits for the store before it. Below 1 MiB finding the place
-    costs more than it saves."""
-    if array.nbytes < WORTH_PLACING:
-        return np.empty(array.shape, array.dtype)
-    memory = np.empty(array.nbytes + PAGE, np.uint8)
-    start = (_address(array) - _address(memory)) % PAGE
-    return np.ndarray(array.shape, array.dtype, buffer=memory, offset=start)
-
-
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
 def flatten(where: str, name: str, rows: Any, total: int, *, integers: bool, nested: bool) -> Array:
     """The ``total`` numbers of a list, or of a list of lists, as int64 or float64."""
     values: Array = np.empty(total, dtype=np.int64 if integers else np.float64)

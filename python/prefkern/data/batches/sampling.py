@@ -1,5 +1,6 @@
 """Which rows go together: parts of equal work, and batches under a budget of tokens."""
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,6 +94,8 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
         step = 1 if self.rank is None else self.ranks
         epoch, mine = self.epoch, range(self.rank or 0, len(offsets) - 1, step)
         self._done = begin
+        if begin == len(mine):  # nothing is left, or there is nothing: this pass is an epoch all the same
+            self.epoch, self._done = epoch + 1, 0
         for done, batch in enumerate(mine[begin:], start=begin + 1):
             self._done = done
             if done == len(mine):
@@ -131,6 +134,7 @@ class TokenBatches(torch.utils.data.Sampler[list[int]]):
         return {
             "rows": len(self.lengths),
             "tokens": int(self.lengths.sum()),
+            "lengths": zlib.crc32(self.lengths.tobytes()),
             "budget": self.budget,
             "ranks": self.ranks,
             "seed": self.seed,

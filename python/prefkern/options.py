@@ -74,7 +74,9 @@ def _rule(name: str, hint: Any) -> _Rule | None:
     if get_origin(hint) is Annotated:
         hint, range_ = get_args(hint)[:2]
     members = get_args(hint) if get_origin(hint) is not Literal else ()
-    literals = next((get_args(part) for part in (hint, *members) if get_origin(part) is Literal), ())
+    words = [get_args(part) for part in (hint, *members) if get_origin(part) is Literal]
+    others = {part for part in members if get_origin(part) is not Literal} - {type(None)}
+    literals = words[0] if words and not others else ()  # beside other types, its class checks it
     rule = _Rule(name, range_, literals, type(None) in members)
     return rule if range_ is not None or literals else None
 

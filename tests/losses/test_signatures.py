@@ -33,7 +33,8 @@ def typed_dict(function: Callable[..., object]) -> type:
 
 
 LINEAR = [name for name in losses.__all__ if name.startswith("linear_")]
-WITH_REFERENCE = [
+WITH_REFERENCE = ["linear_dpo_loss", "linear_kl_guided_dpo_loss", "linear_kto_loss", "linear_ppo_loss"]
+WITH_REFERENCE += ["linear_grpo_loss"]
     "linear_dpo_loss",
     "linear_kl_guided_dpo_loss",
     "linear_kto_loss",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefkern.commands.benchmark.machine import describe
 from prefkern.head.engine.products import mm
-from prefkern.kernels.interface import RowStats
+from prefkern.kernels.interface import Logits, RowStats
 from prefkern.kernels.reference import logprobs
 
 C, H, V = 256, 1024, 4096  # of the products
@@ -77,8 +77,7 @@ def passes() -> str:
         return RowStats(*rows, None, None, top1) if metrics else RowStats(*rows[:3])
 
     def fold(held: Tensor | None, *, metrics: bool = False) -> Callable[[], object]:
-        options = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0, "ignore_index": -100}
-        return lambda: logprobs.tile_fwd(x, None, targets, stats(metrics=metrics), held, **options)
+        return lambda: logprobs.tile_fwd(x, targets, stats(metrics=metrics), held, Logits())
 
     hidden, weight = torch.randn(ROWS, H), torch.randn(COLUMNS, H)
     product = measure(lambda: torch.mm(hidden, weight.T, out=other), runs=3)

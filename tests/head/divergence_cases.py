@@ -7,7 +7,7 @@ from torch import Tensor
 
 import prefkern as pk
 from prefkern import testing
-from prefkern.kernels.interface import LogitForm
+from prefkern.kernels.interface import Logits
 
 N, H, REF_H, V = 45, 24, 16, 301
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -19,19 +19,19 @@ KINDS: dict[str, dict[str, Any]] = {
 BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
 # a form's name -> the policy's and the reference's
 FORMS = {
-    "plain": (LogitForm(), LogitForm()),
-    "temperatures": (LogitForm(temperature=0.7), LogitForm(temperature=torch.linspace(0.5, 1.5, N))),
+    "plain": (Logits(), Logits()),
+    "temperatures": (Logits(temperature=0.7), Logits(temperature=torch.linspace(0.5, 1.5, N))),
     "all": (
-        LogitForm(logit_scale=1.2, softcap=6.0, temperature=torch.linspace(1.4, 0.6, N)),
-        LogitForm(logit_scale=0.8, softcap=9.0, temperature=1.1),
+        Logits(logit_scale=1.2, softcap=6.0, temperature=torch.linspace(1.4, 0.6, N)),
+        Logits(logit_scale=0.8, softcap=9.0, temperature=1.1),
     ),
 }
 
 
-def arguments(form: LogitForm, ref_form: LogitForm) -> dict[str, Any]:
+def arguments(form: Logits, ref_form: Logits) -> dict[str, Any]:
     """The options of the public function that say a form; biases come with the case."""
-    named = {name: value for name, value in form._asdict().items() if name != "bias"}
-    return named | {f"ref_{name}": value for name, value in ref_form._asdict().items() if name != "bias"}
+    names = ("logit_scale", "softcap", "temperature")
+    return {name: getattr(form, name) for name in names} | {f"ref_{name}": getattr(ref_form, name) for name in names}
 
 
 def run(

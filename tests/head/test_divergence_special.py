@@ -8,7 +8,7 @@ from divergence_cases import BETA, KINDS, upstream
 
 import prefkern as pk
 from prefkern import testing
-from prefkern.kernels.interface import LogitForm
+from prefkern.kernels.interface import Logits
 
 
 def pair(n: int = 6, v: int = 40, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +155,7 @@ def test_confident_heads(kind: str) -> None:
     logits, ref_logits = pair(8, 300, scale=30.0)
     for temperature in (1.0, 0.05):
         got = pk.kl_divergence(logits, ref_logits, temperature=temperature, **KINDS[kind])
-        form = LogitForm(temperature=temperature)
+        form = Logits(temperature=temperature)
         want = testing.divergence_from_logits(logits, ref_logits, beta=BETA[kind], form=form, ref_form=form)
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 

@@ -8,7 +8,7 @@ from divergence_cases import BETA, DTYPES, FORMS, KINDS, REF_H, H, N, V, argumen
 
 import prefkern as pk
 from prefkern import testing
-from prefkern.kernels.interface import LogitForm
+from prefkern.kernels.interface import Logits
 
 
 def assert_gradient(got: torch.Tensor, want: torch.Tensor, eager: torch.Tensor, name: str) -> None:
@@ -118,8 +118,8 @@ def test_from_logits(dtype: torch.dtype, kind: str) -> None:
     logits, ref_logits = case.logits.clone().requires_grad_(), other.logits.clone().requires_grad_()
     for part in (logits, ref_logits):
         part.data[:, 40:60] = -math.inf
-    policy = LogitForm(temperature=torch.linspace(0.6, 1.4, N))
-    reference = LogitForm(temperature=0.9)
+    policy = Logits(temperature=torch.linspace(0.6, 1.4, N))
+    reference = Logits(temperature=0.9)
     scored, g = case.targets != testing.IGNORE, upstream()
     got = pk.kl_divergence(
         logits, ref_logits, case.targets, temperature=policy.temperature, ref_temperature=0.9, **KINDS[kind]

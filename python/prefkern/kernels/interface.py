@@ -1,7 +1,7 @@
 """What stands between the products: the tile functions' interface, and how logits are made of the raw product."""
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,49 @@ from prefkern.types import Temperature
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits and row statistics: float32, or float64 for float64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Logits(NamedTuple):
+    """How logits are made of the raw product, ``softcap(logit_scale (h W^T + bias)) / temperature``, and the target of
+    a row that is not scored."""
+
+    bias: Tensor | None = None  # [V], in the dtype of the logits
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: Temperature = 1.0
+    ignore_index: int = -100
+
+    def rows(self, rows: slice) -> "Logits":
+        """Those of some rows: a temperature per row is cut to them."""
+        temperature = self.temperature
+        return self._replace(temperature=temperature[rows]) if isinstance(temperature, Tensor) else self
+
+    def columns(self, columns: slice | Tensor) -> "Logits":
+        """Those of some columns of the vocabulary, or of entries in the columns of an index: with their biases."""
+        return self if self.bias is None else self._replace(bias=self.bias[columns])
+
+    def activate(self, tile: Tensor) -> Tensor | None:
+        """Turns the raw product into logits before the temperature, in place; returns the softcap's derivative."""
+        if self.bias is not None:
+            tile.add_(self.bias)
+        if self.logit_scale != 1.0:
+            tile.mul_(self.logit_scale)
+        if self.softcap is None:
+            return None
+        masked = tile == -math.inf
+        t = tile.div_(self.softcap).tanh_()
+        slope = (1 - t) * (1 + t)
+        tile.mul_(self.softcap).masked_fill_(masked, -math.inf)
+        return slope
+
+    def center(self, x: Tensor, row_max: Tensor) -> Tensor:
+        """``(x - row_max) / T`` in place, -inf kept; a row without any finite logit stays -inf."""
+        x.sub_(row_max.masked_fill(row_max == -math.inf, 0.0).unsqueeze(-1))
+        if isinstance(self.temperature, Tensor):
+            x.div_(self.temperature.unsqueeze(-1))
+        elif self.temperature != 1.0:
+            x.div_(self.temperature)
+        return x
 
 
 class RowStats(NamedTuple):
@@ -28,17 +71,24 @@ class RowStats(NamedTuple):
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
 
-
-class LogitForm(NamedTuple):
-    """How a head makes logits of its raw product: ``softcap(logit_scale (a + bias)) / temperature``."""
-
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: Temperature = 1.0
+    def rows(self, rows: slice | int) -> "RowStats":
+        """Those of some rows."""
+        return RowStats._make(None if value is None else value[rows] for value in self)
 
 
-class DivergenceRows(NamedTuple):
+class Factors(NamedTuple):
+    """The loss's share of a row's gradient ``c u + e p (log p + entropy) (1 - t)(1 + t)``, each ``[R]``: ``c`` of None
+    is 1, ``e`` of None is 0."""
+
+    c: Tensor | None = None
+    e: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Factors":
+        """Those of some rows."""
+        return Factors._make(None if value is None else value[rows] for value in self)
+
+
+class DivergenceStats(NamedTuple):
     """What the backward of a divergence needs of each row, each ``[C]``: `RowStats`' maximum and log-sum of both heads,
     and ``center``: KL(q || p) (forward), KL(p || q) (reverse, NaN where infinite), KL(p || m) (Jensen-Shannon)."""
 
@@ -48,33 +98,43 @@ class DivergenceRows(NamedTuple):
     ref_log_sum: Tensor
     center: Tensor
 
+    def rows(self, rows: slice) -> "DivergenceStats":
+        """Those of some rows."""
+        return DivergenceStats._make(value[rows] for value in self)
+
     def bound(self, beta: float) -> Tensor:
-        """What no entry of a row of the unscaled gradient exceeds: 1, and ``1 + 2 D`` for the reverse divergence D."""
+        """A bound of the entries of each row of the unscaled gradient: 1, and ``1 + 2 D`` for the reverse D."""
         return 2.0 * self.center + 1.0 if beta == 1.0 else torch.ones_like(self.center)
 
 
-class Logits(NamedTuple):
-    """How logits are made of the raw product: ``softcap(logit_scale (h W^T + bias)) / temperature``."""
+class DivergenceResults(NamedTuple):
+    """Preallocated results of a divergence's forward, each ``[C]``; ``entropy`` is None where not asked for."""
 
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    temperature: Temperature
-    ignore_index: int
+    divergence: Tensor
+    entropy: Tensor | None  # of the policy
+    stats: DivergenceStats
 
-    def rows(self, rows: slice) -> "Logits":
-        """Of some rows: a temperature per row is cut to them."""
-        temperature = self.temperature
-        return self._replace(temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As the tile functions take them."""
-        return {name: value for name, value in self._asdict().items() if name != "bias"}
+    def rows(self, rows: slice) -> "DivergenceResults":
+        """Those of some rows."""
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return DivergenceResults(self.divergence[rows], entropy, self.stats.rows(rows))
 
 
-def stats_rows(stats: RowStats, rows: slice | int) -> RowStats:
-    return RowStats._make(None if value is None else value[rows] for value in stats)
+class TilePair(NamedTuple):
+    """The raw products of two heads in the same rows and columns, which rows count, and how each becomes logits."""
+
+    tile: Tensor  # [C, V], of any floating dtype
+    ref_tile: Tensor  # [C, V]
+    scored: Tensor | None  # [C] bool, None: all
+    logits: Logits
+    ref_logits: Logits
+
+    def rows(self, rows: slice) -> "TilePair":
+        """Those of some rows."""
+        scored = None if self.scored is None else self.scored[rows]
+        return TilePair(
+            self.tile[rows], self.ref_tile[rows], scored, self.logits.rows(rows), self.ref_logits.rows(rows)
+        )
 
 
 class Scaler(Protocol):
@@ -93,112 +153,71 @@ class Scaler(Protocol):
 
 
 class Tiles(Scaler, Protocol):
-    """The tile functions of one head: `prefkern.kernels.reference` or `prefkern.kernels.triton`."""
+    """The tile functions of one head: `prefkern.kernels.reference.logprobs` or `prefkern.kernels.triton.logprobs`.
+
+    Targets are columns of the whole vocabulary, of which a tile may have those from ``v_start`` on. A tile may be
+    overwritten, unless ``keep_tile``.
+    """
 
     IN_PLACE: bool
+    """Whether ``held`` and ``out`` may be the tile itself."""
 
     def tile_fwd(
         self,
         tile: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         stats: RowStats,
         held: Tensor | None,
+        logits: Logits,
         *,
-        logit_scale: float,
-        softcap: float | None,
-        temperature: Temperature,
-        ignore_index: int,
+        keep_tile: bool = False,
     ) -> None: ...
 
     def tile_bwd(
         self,
         tile: Tensor,
-        bias: Tensor | None,
         targets: Tensor,
         stats: RowStats,
-        c: Tensor | None,
-        e: Tensor | None,
+        factors: Factors,
         out: Tensor,
+        logits: Logits,
         *,
-        v_start: int,
-        logit_scale: float,
-        softcap: float | None,
-        temperature: Temperature,
-        ignore_index: int,
+        v_start: int = 0,
+        keep_tile: bool = False,
     ) -> None: ...
 
     def held_bwd(
         self,
         held: Tensor,
         targets: Tensor,
-        logps: Tensor,
-        entropy: Tensor,
-        c: Tensor,
-        e: Tensor,
+        stats: RowStats,
+        factors: Factors,
         out: Tensor,
+        logits: Logits,
         *,
-        ignore_index: int,
+        v_start: int = 0,
     ) -> None: ...
 
 
 class DivergenceTiles(Scaler, Protocol):
-    """The tile functions: `prefkern.reference_divergence` or `prefkern.kernels.divergence`."""
+    """The tile functions of two heads: `prefkern.kernels.reference.divergence` or `prefkern.kernels.triton.divergence`.
+
+    ``beta`` names the divergence; with a ``peak`` the gradient of a row is held times ``peak / bound``.
+    """
 
     IN_PLACE: bool
 
     def tile_fwd(
-        self,
-        tile: Tensor,
-        ref_tile: Tensor,
-        scored: Tensor | None,
-        divergence: Tensor,
-        entropy: Tensor | None,
-        rows: DivergenceRows,
-        held: Tensor | None,
-        *,
-        form: LogitForm,
-        ref_form: LogitForm,
-        beta: float,
-        peak: float | None,
+        self, pair: TilePair, results: DivergenceResults, held: Tensor | None, *, beta: float, peak: float | None
     ) -> None: ...
 
     def tile_bwd(
         self,
-        tile: Tensor,
-        ref_tile: Tensor,
-        scored: Tensor | None,
-        rows: DivergenceRows,
+        pair: TilePair,
+        stats: DivergenceStats,
         c: Tensor | None,
         out: Tensor,
         *,
-        form: LogitForm,
-        ref_form: LogitForm,
         beta: float,
         peak: float | None,
     ) -> None: ...
-
-
-def activate(tile: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
-    """Turns the raw product into logits before the temperature, in place; returns the softcap's derivative."""
-    if bias is not None:
-        tile.add_(bias)
-    if logit_scale != 1.0:
-        tile.mul_(logit_scale)
-    if softcap is None:
-        return None
-    masked = tile == -math.inf
-    t = tile.div_(softcap).tanh_()
-    factor = (1 - t) * (1 + t)
-    tile.mul_(softcap).masked_fill_(masked, -math.inf)
-    return factor
-
-
-def center(x: Tensor, row_max: Tensor, temperature: Temperature) -> Tensor:
-    """``(x - row_max) / T`` in place, -inf kept; a row without any finite logit stays -inf."""
-    x.sub_(row_max.masked_fill(row_max == -math.inf, 0.0).unsqueeze(-1))
-    if isinstance(temperature, Tensor):
-        x.div_(temperature.unsqueeze(-1))
-    elif temperature != 1.0:
-        x.div_(temperature)
-    return x

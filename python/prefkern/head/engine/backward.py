@@ -20,7 +20,7 @@ from prefkern.head.engine.adapter import Adapter, LowRank
 from prefkern.head.engine.forward import Kept
 from prefkern.head.engine.products import Weight, mm
 from prefkern.head.engine.scaling import RowScales, finish, rate, scaled_rows, write_vocabulary
-from prefkern.kernels.interface import Logits, RowStats, Tiles, stats_rows
+from prefkern.kernels.interface import Factors, Logits, RowStats, Tiles
 
 
 class Need(NamedTuple):
@@ -96,7 +96,7 @@ def backward(
         _frozen_rows(kept, scales.rows(slice(0, F)), grads.hidden[:F], tiles)
     if F < N:
         rest = slice(F, N)
-        rows = (targets[rest], stats_rows(stats, rest), logits.rows(rest))
+        rows = (targets[rest], stats.rows(rest), logits.rows(rest))
         own = grads._replace(hidden=None if grads.hidden is None else grads.hidden[rest])
         _Rows(hidden[rest], weight, adapter, *rows, tiles, upstream, scratch_bytes).write(
             kept.held, scales.rows(rest), own
@@ -169,7 +169,7 @@ class _Rows(NamedTuple):
         scratch = None if direct else torch.empty((N - K) * step, dtype=w.wide, device=device)
         recomputed = slice(K, N)
         logits = self.logits.rows(recomputed)
-        stats = stats_rows(self.stats, recomputed)
+        stats = self.stats.rows(recomputed)
         targets = self.targets if self.upstream is None else self.upstream.row_targets
         if self.upstream is not None:
             stats = stats._replace(logps=torch.zeros_like(stats.row_max))
@@ -182,35 +182,17 @@ class _Rows(NamedTuple):
             if K and scales.e is None:
                 tile[:K] = held[:, columns]
             elif K:
-                assert self.stats.entropy is not None
-                assert scales.c is not None
-                assert scales.e is not None
-                self.tiles.held_bwd(
-                    held[:K, columns],
-                    targets[:K] - start,
-                    self.stats.logps[:K],
-                    self.stats.entropy[:K],
-                    scales.c[:K],
-                    scales.e[:K],
-                    tile[:K],
-                    ignore_index=logits.ignore_index - start,
-                )
+                some = slice(0, K)
+                factors = Factors(scales.c, scales.e).rows(some)
+                given = (held[:K, columns], targets[:K], self.stats.rows(some), factors, tile[:K], logits)
+                self.tiles.held_bwd(*given, v_start=start)
             if K < N:
                 raw = tile[K:] if scratch is None else scratch[: (N - K) * width].view(N - K, width)
                 w.logits(operand[K:], columns, raw)
                 if low is not None:
                     low.add(recomputed, columns, raw)
-                self.tiles.tile_bwd(
-                    raw,
-                    None if logits.bias is None else logits.bias[columns],
-                    targets[K:],
-                    stats,
-                    rest.c,
-                    rest.e,
-                    tile[K:],
-                    v_start=start,
-                    **logits.options,
-                )
+                factors = Factors(rest.c, rest.e)
+                self.tiles.tile_bwd(raw, targets[K:], stats, factors, tile[K:], logits.columns(columns), v_start=start)
             if self.upstream is not None:
                 self.upstream.write(padded, start, width)
             yield tile, columns

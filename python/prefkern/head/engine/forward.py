@@ -20,7 +20,7 @@ from prefkern.head.engine import blocks, many_targets, vocabulary_slices
 from prefkern.head.engine.adapter import Adapter, LowRank
 from prefkern.head.engine.blocks import empty_tile
 from prefkern.head.engine.products import Weight
-from prefkern.kernels.interface import Logits, RowStats, Tiles, stats_rows
+from prefkern.kernels.interface import Factors, Logits, RowStats, Tiles
 
 
 class Kept(NamedTuple):
@@ -81,27 +81,17 @@ def forward(
             into = tile if unscaled is None else unscaled[: stop - start]
         own = logits.rows(at)
         if targets.ndim == 2:
-            many_targets.chunk_fwd(tile, targets[at], stats_rows(stats, at), own, tiles)
+            many_targets.chunk_fwd(tile, targets[at], stats.rows(at), own, tiles)
             continue
         # the tile functions of a CPU overwrite the raw product, which the entropy's gradient starts from again
         raw = tile.clone() if start < F and kept.entropy.shape[0] and tiles.IN_PLACE else tile
-        tiles.tile_fwd(tile, own.bias, targets[at], stats_rows(stats, at), into, **own.options)
+        tiles.tile_fwd(tile, targets[at], stats.rows(at), into, own)
         if start < F and into is not None:
             _gradient_rows(w, into, kept.logps[at])
             if kept.entropy.shape[0]:
                 ones = torch.ones(stop - start, dtype=w.wide, device=hidden.device)
                 out = raw if direct else into
-                tiles.tile_bwd(
-                    raw,
-                    own.bias,
-                    targets[at],
-                    stats_rows(stats, at),
-                    torch.zeros_like(ones),
-                    ones,
-                    out,
-                    v_start=0,
-                    **own.options,
-                )
+                tiles.tile_bwd(raw, targets[at], stats.rows(at), Factors(torch.zeros_like(ones), ones), out, own)
                 _gradient_rows(w, out, kept.entropy[at])
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefkern.kernels.interface import Logits, RowStats, Tiles, activate, center
+from prefkern.kernels.interface import Logits, RowStats, Tiles
 
 PADDING = 8
 """Columns beside a tile: entries of targets outside its slice of the vocabulary are written there."""
@@ -33,11 +33,11 @@ def chunk_fwd(
     ignored = targets == logits.ignore_index
     index = targets.clamp(0, V - 1)
     x = tile.gather(1, index)
-    activate(x, None if logits.bias is None else logits.bias[index], logits.logit_scale, logits.softcap)
+    logits.columns(index).activate(x)  # each entry with its own bias
     row_logps = torch.empty_like(stats.row_max)
     row = _row_targets(index, ignored, logits.ignore_index)
-    tiles.tile_fwd(tile, logits.bias, row, stats._replace(logps=row_logps), None, **logits.options)
-    lp = center(x, stats.row_max, logits.temperature).sub_(stats.log_sum.unsqueeze(-1)).clamp_(max=0.0)
+    tiles.tile_fwd(tile, row, stats._replace(logps=row_logps), None, logits)
+    lp = logits.center(x, stats.row_max).sub_(stats.log_sum.unsqueeze(-1)).clamp_(max=0.0)
     outside = (targets != index) & ~ignored
     stats.logps.copy_(lp.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0.0))
 

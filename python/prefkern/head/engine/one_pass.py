@@ -22,7 +22,7 @@ from prefkern.head.engine import blocks, memory
 from prefkern.head.engine.blocks import empty_tile
 from prefkern.head.engine.products import Weight
 from prefkern.head.engine.scaling import RowScales, finish, rate, scaled_rows, write_vocabulary
-from prefkern.kernels.interface import Logits, RowStats, Tiles, stats_rows
+from prefkern.kernels.interface import Logits, RowStats, Tiles
 
 TILE_BYTES = 64 << 20
 MIN_ROWS = 256
@@ -116,7 +116,7 @@ def _fold(head: Head, w: Weight, at: slice, tile: Tensor, stats: RowStats, u: Te
     """The logits of some rows, their statistics and, if wanted, their ``u``."""
     logits = head.logits.rows(at)
     w.logits(head.hidden[at].to(head.compute_dtype), slice(0, head.weight.shape[0]), tile)
-    tiles.tile_fwd(tile, logits.bias, head.targets[at], stats_rows(stats, at), u, **logits.options)
+    tiles.tile_fwd(tile, head.targets[at], stats.rows(at), u, logits)
 
 
 def _add_panel(

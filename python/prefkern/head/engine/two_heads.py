@@ -20,8 +20,7 @@ from prefkern.head.engine import blocks
 from prefkern.head.engine.backward import Gradients
 from prefkern.head.engine.products import Weight
 from prefkern.head.engine.scaling import RowScales, rate, scaled_rows, write_vocabulary
-from prefkern.kernels.interface import DivergenceRows, DivergenceTiles, LogitForm
-from prefkern.types import Temperature
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, DivergenceTiles, Logits, TilePair
 
 PEAK = 2.0**14
 """float16: a row of ``u`` is held times ``PEAK / bound``, so that small differences of probabilities are not lost."""
@@ -32,23 +31,15 @@ class Side(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    form: LogitForm
+    logits: Logits
     dtype: torch.dtype
-
-
-class Results(NamedTuple):
-    """Preallocated results of the forward, each ``[N]``; ``entropy`` is None where not asked for."""
-
-    divergence: Tensor
-    entropy: Tensor | None
-    rows: DivergenceRows
 
 
 def forward(
     policy: Side,
     reference: Side,
     scored: Tensor | None,  # [N] bool, None: all
-    results: Results,
+    results: DivergenceResults,
     held: Tensor,  # [K, V] in the policy's dtype, K <= N
     tiles: DivergenceTiles,
     beta: float,
@@ -70,19 +61,9 @@ def forward(
         ref_tile = ref_scratch[: stop - start]
         w.logits(operand[rows], slice(0, V), tile)
         ref_w.logits(ref_operand[rows], slice(0, V), ref_tile)
-        tiles.tile_fwd(
-            tile,
-            ref_tile,
-            None if scored is None else scored[rows],
-            results.divergence[rows],
-            None if results.entropy is None else results.entropy[rows],
-            _some(results.rows, rows),
-            kept,
-            form=_of_rows(policy.form, rows),
-            ref_form=_of_rows(reference.form, rows),
-            beta=beta,
-            peak=_peak(policy.dtype),
-        )
+        some = None if scored is None else scored[rows]
+        pair = TilePair(tile, ref_tile, some, policy.logits.rows(rows), reference.logits.rows(rows))
+        tiles.tile_fwd(pair, results.rows(rows), kept, beta=beta, peak=_peak(policy.dtype))
 
 
 def backward(
@@ -90,7 +71,7 @@ def backward(
     policy: Side,
     reference: Side,
     scored: Tensor | None,
-    rows: DivergenceRows,
+    stats: DivergenceStats,
     g: Tensor,  # [N], dL/dD
     tiles: DivergenceTiles,
     beta: float,
@@ -100,14 +81,14 @@ def backward(
     need_bias: bool,
 ) -> Gradients:
     """Gradients of the policy's head from the held rows and, beyond them, from recomputed ones."""
-    hidden, weight, form, dtype = policy
+    hidden, weight, logits, dtype = policy
     N, H = hidden.shape
     V = weight.shape[0]
     K = held.shape[0]
     grads = Gradients(
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None,
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        torch.empty_like(form.bias) if need_bias and form.bias is not None else None,
+        torch.empty_like(logits.bias) if need_bias and logits.bias is not None else None,
         None,
         None,
     )
@@ -117,13 +98,13 @@ def backward(
                 grad.zero_()
         return grads
     w = Weight(weight, dtype)
-    scales = _scales(g, form, scored, rows.bound(beta), dtype, w.wide)
+    scales = _scales(g, logits, scored, stats.bound(beta), dtype, w.wide)
     scaled = scaled_rows(hidden, scales.row, dtype, tiles) if need_weight else None
     wide_hidden = grads.hidden
     if wide_hidden is not None and wide_hidden.dtype != w.wide:
         wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device)
     whole = iter([(slice(0, V), held)])
-    for columns, tile in whole if K == N else _slices(held, policy, reference, w, scored, rows, tiles, beta):
+    for columns, tile in whole if K == N else _slices(held, policy, reference, w, scored, stats, tiles, beta):
         if wide_hidden is not None:
             w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
         write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias, tiles)
@@ -138,7 +119,7 @@ def _slices(
     reference: Side,
     w: Weight,
     scored: Tensor | None,
-    rows: DivergenceRows,
+    stats: DivergenceStats,
     tiles: DivergenceTiles,
     beta: float,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -147,7 +128,8 @@ def _slices(
     rest = slice(K, N)
     ref_w = Weight(reference.weight, reference.dtype)
     operand, ref_operand = policy.hidden[rest].to(policy.dtype), reference.hidden[rest].to(reference.dtype)
-    form, ref_form = _of_rows(policy.form, rest), _of_rows(reference.form, rest)
+    logits, ref_logits = policy.logits.rows(rest), reference.logits.rows(rest)
+    some = None if scored is None else scored[rest]
     direct = tiles.IN_PLACE and held.dtype == w.wide
     step = blocks.slice_columns(N, V, held.dtype.itemsize + (1 if direct else 2) * w.wide.itemsize)
     buffer = torch.empty(N * step, dtype=held.dtype, device=held.device)
@@ -162,26 +144,16 @@ def _slices(
         ref_raw = ref_scratch[: (N - K) * width].view(N - K, width)
         w.logits(operand, columns, raw)
         ref_w.logits(ref_operand, columns, ref_raw)
-        tiles.tile_bwd(
-            raw,
-            ref_raw,
-            None if scored is None else scored[rest],
-            _some(rows, rest),
-            None,
-            tile[K:],
-            form=_of_columns(form, columns),
-            ref_form=_of_columns(ref_form, columns),
-            beta=beta,
-            peak=_peak(policy.dtype),
-        )
+        pair = TilePair(raw, ref_raw, some, logits.columns(columns), ref_logits.columns(columns))
+        tiles.tile_bwd(pair, stats.rows(rest), None, tile[K:], beta=beta, peak=_peak(policy.dtype))
         yield columns, tile
 
 
 def _scales(
-    g: Tensor, form: LogitForm, scored: Tensor | None, bound: Tensor, dtype: torch.dtype, wide: torch.dtype
+    g: Tensor, logits: Logits, scored: Tensor | None, bound: Tensor, dtype: torch.dtype, wide: torch.dtype
 ) -> RowScales:
     """``r`` of each row, over what its ``u`` was scaled by in float16."""
-    row = g.to(wide) * rate(form.logit_scale, form.temperature, wide)
+    row = g.to(wide) * rate(logits.logit_scale, logits.temperature, wide)
     if scored is not None:
         row = torch.where(scored, row, 0.0)
     if dtype != torch.float16:
@@ -192,16 +164,3 @@ def _scales(
 
 def _peak(dtype: torch.dtype) -> float | None:
     return PEAK if dtype == torch.float16 else None
-
-
-def _some(rows: DivergenceRows, part: slice) -> DivergenceRows:
-    return DivergenceRows._make(value[part] for value in rows)
-
-
-def _of_rows(form: LogitForm, part: slice) -> LogitForm:
-    temperature: Temperature = form.temperature
-    return form._replace(temperature=temperature[part]) if isinstance(temperature, Tensor) else form
-
-
-def _of_columns(form: LogitForm, part: slice) -> LogitForm:
-    return form if form.bias is None else form._replace(bias=form.bias[part])

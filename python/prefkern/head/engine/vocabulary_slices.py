@@ -18,7 +18,7 @@ from torch import Tensor
 from prefkern.head.engine.adapter import LowRank
 from prefkern.head.engine.blocks import empty_tile, narrowed
 from prefkern.head.engine.products import Weight
-from prefkern.kernels.interface import Logits, RowStats, Tiles, stats_rows
+from prefkern.kernels.interface import Logits, RowStats, Tiles
 
 _SKIPPED = -1
 """The target of a row that is not scored: no column of any slice."""
@@ -42,7 +42,7 @@ def forward(
     for start in range(0, N, rows):
         at = slice(start, min(start + rows, N))
         own = logits.rows(at)._replace(ignore_index=_SKIPPED)
-        row_stats, row_targets = stats_rows(stats, at), targets[at]
+        row_stats, row_targets = stats.rows(at), targets[at]
         ignored = row_targets == logits.ignore_index
         index = row_targets.clamp(0, V - 1)
         parts = _like(row_stats, -(-V // step))
@@ -53,8 +53,7 @@ def forward(
             if low is not None:
                 low.add(at, columns, tile)
             local = (index - first).clamp(0, columns.stop - first - 1).masked_fill_(ignored, _SKIPPED)
-            bias = None if own.bias is None else own.bias[columns]
-            tiles.tile_fwd(tile, bias, local, stats_rows(parts, part), None, **own.options)
+            tiles.tile_fwd(tile, local, parts.rows(part), None, own.columns(columns))
         widths = torch.full((parts.logps.shape[0], 1), step, device=operand.device)
         widths[-1] = V - step * (widths.shape[0] - 1)
         merged = _merge(parts, widths, index // step, own.temperature)

@@ -1,7 +1,7 @@
 """The operators of the divergences: schemas, fakes, autograd and dispatch, as in `prefkern.ops`.
 
 Two pairs, from hidden states and from logits. Only the policy's side is differentiable. ``rows [5, N]`` are the
-statistics that the backward needs, `DivergenceRows`; ``held`` is ``[min(N, k_max), V]`` in the fake.
+statistics that the backward needs, `DivergenceStats`; ``held`` is ``[min(N, k_max), V]`` in the fake.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from prefkern import operators
 from prefkern.head.engine import two_heads
-from prefkern.head.engine.two_heads import Results, Side
-from prefkern.head.operators.statistics import temperature_of
-from prefkern.kernels.interface import DivergenceRows, LogitForm, wide_dtype
+from prefkern.head.engine.two_heads import Side
+from prefkern.head.operators.statistics import logits_of
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, TilePair, wide_dtype
 from prefkern.kernels.reference import divergence as plain
 
 _FORM = "Tensor? row_temperature, float temperature, float? softcap, float logit_scale"
@@ -27,8 +27,8 @@ _LOGITS = (
 )
 
 
-def _rows(stacked: Tensor) -> DivergenceRows:
-    return DivergenceRows._make(stacked.unbind(0))
+def _rows(stacked: Tensor) -> DivergenceStats:
+    return DivergenceStats._make(stacked.unbind(0))
 
 
 # ------------------------------------------------------------------------------------------------ from hidden states
@@ -42,8 +42,7 @@ def _sides(heads: Arguments, forms: Arguments, dtype: torch.dtype, ref_dtype: to
     def side(head: Arguments, form: Arguments, dtype: torch.dtype) -> Side:
         hidden, weight, bias = head
         row_temperature, temperature, softcap, logit_scale = form
-        wide = None if bias is None else bias.to(wide_dtype(dtype))
-        logits = LogitForm(wide, logit_scale, softcap, temperature_of(row_temperature, temperature))
+        logits = logits_of(bias, dtype, row_temperature, temperature, softcap, logit_scale=logit_scale)
         return Side(hidden, weight, logits, dtype)
 
     return side(heads[:3], forms[:4], dtype), side(heads[3:], forms[4:], ref_dtype)
@@ -65,7 +64,7 @@ def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
     N, V = policy.hidden.shape[0], policy.weight.shape[0]
     divergence, entropies, rows = _empty_results(policy.hidden, wide_dtype(dtype), entropy)
     held = policy.hidden.new_empty(min(N, k_max), V, dtype=dtype)
-    results = Results(divergence, entropies if entropy else None, _rows(rows))
+    results = DivergenceResults(divergence, entropies if entropy else None, _rows(rows))
     two_heads.forward(
         policy, reference, scored, results, held, operators.implementation(held, "divergence", plain), beta
     )
@@ -135,21 +134,21 @@ def _linear_backward(ctx: Any, g: Tensor | None, *others: Tensor | None) -> tupl
 # ------------------------------------------------------------------------------------------------------- from logits
 
 
-def _logit_options(options: Arguments) -> dict[str, Any]:
-    row_temperature, temperature, ref_row_temperature, ref_temperature, beta = options
-    return {
-        "form": LogitForm(temperature=temperature_of(row_temperature, temperature)),
-        "ref_form": LogitForm(temperature=temperature_of(ref_row_temperature, ref_temperature)),
-        "beta": beta,
-        "peak": None,
-    }
+def _pair(logits: Tensor, ref_logits: Tensor, scored: Tensor | None, options: Arguments) -> TilePair:
+    """Both heads' logits, of an operator's arguments ``_LOGITS``; beta is the last of them."""
+    row_temperature, temperature, ref_row_temperature, ref_temperature, _ = options
+    forms = (
+        logits_of(None, logits.dtype, row_temperature, temperature, None),
+        logits_of(None, logits.dtype, ref_row_temperature, ref_temperature, None),
+    )
+    return TilePair(logits, ref_logits, scored, *forms)
 
 
 def _logits_fwd(logits: Tensor, ref_logits: Tensor, scored: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     divergence, _, rows = _empty_results(logits, wide_dtype(logits.dtype), False)
-    operators.implementation(logits, "divergence", plain).tile_fwd(
-        logits, ref_logits, scored, divergence, None, _rows(rows), None, **_logit_options(options)
-    )
+    results = DivergenceResults(divergence, None, _rows(rows))
+    tiles = operators.implementation(logits, "divergence", plain)
+    tiles.tile_fwd(_pair(logits, ref_logits, scored, options), results, None, beta=options[-1], peak=None)
     return divergence, rows
 
 
@@ -162,11 +161,10 @@ def _logits_bwd(
     rows: Tensor, g: Tensor, logits: Tensor, ref_logits: Tensor, scored: Tensor | None, *options: Any
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    named = _logit_options(options)
-    c = g.to(rows.dtype) / named["form"].temperature
-    operators.implementation(logits, "divergence", plain).tile_bwd(
-        logits, ref_logits, scored, _rows(rows), c, grad, **named
-    )
+    pair = _pair(logits, ref_logits, scored, options)
+    c = g.to(rows.dtype) / pair.logits.temperature
+    tiles = operators.implementation(logits, "divergence", plain)
+    tiles.tile_bwd(pair, _rows(rows), c, grad, beta=options[-1], peak=None)
     return grad
 
 

@@ -37,7 +37,7 @@ def _sum_fwd(
 ) -> tuple[Tensor, ...]:
     tensors = statistics.empty_stats(hidden, targets, outputs, compute_dtype)
     grads = _empty_grads(hidden, weight, bias, needed)
-    logits = statistics.logits_of(bias, compute_dtype, logit_scale, softcap, row_temperature, temperature, ignore_index)
+    logits = statistics.logits_of(bias, compute_dtype, row_temperature, temperature, softcap, ignore_index, logit_scale)
     factors = coefficients.to(wide_dtype(compute_dtype))
     one_pass.run(
         one_pass.Head(hidden, weight, targets, logits, compute_dtype),

@@ -16,7 +16,7 @@ from prefkern.head.engine import backward, blocks, forward
 from prefkern.head.engine.adapter import Adapter
 from prefkern.head.operators import statistics
 from prefkern.head.operators.statistics import LOGITS, STATS
-from prefkern.kernels.interface import RowStats
+from prefkern.kernels.interface import Factors, RowStats
 from prefkern.kernels.reference import logprobs as reference
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor targets"
@@ -60,7 +60,7 @@ def _linear_fwd(
         targets,
         statistics.row_stats(tensors, outputs),
         kept,
-        statistics.logits_of(bias, compute_dtype, logit_scale, softcap, row_temperature, temperature, ignore_index),
+        statistics.logits_of(bias, compute_dtype, row_temperature, temperature, softcap, ignore_index, logit_scale),
         operators.implementation(kept.held, "logprobs", reference),
         scratch_bytes,
     )
@@ -126,7 +126,7 @@ def _linear_bwd(
         _adapter(lora_a, lora_b, lora_scale),
         targets,
         RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None),
-        statistics.logits_of(bias, held.dtype, logit_scale, softcap, row_temperature, temperature, ignore_index),
+        statistics.logits_of(bias, held.dtype, row_temperature, temperature, softcap, ignore_index, logit_scale),
         operators.implementation(held, "logprobs", reference),
         g_logps,
         g_entropy,
@@ -166,24 +166,11 @@ def _linear_backward(ctx: Any, g_logps: Tensor | None, *others: Tensor | None) -
 # ------------------------------------------------------------------------------------------------------- from logits
 
 
-def _logits_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    outputs: list[str],
-) -> tuple[Tensor, ...]:
+def _logits_fwd(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *form, outputs = options
     tensors = statistics.empty_stats(logits, targets, outputs, logits.dtype)
-    operators.implementation(logits, "rowwise", reference).logprobs_fwd(
-        logits,
-        targets,
-        statistics.row_stats(tensors, outputs),
-        softcap=softcap,
-        temperature=statistics.temperature_of(row_temperature, temperature),
-        ignore_index=ignore_index,
-    )
+    stats, how = statistics.row_stats(tensors, outputs), statistics.logits_of(None, logits.dtype, *form)
+    operators.implementation(logits, "logprobs", reference).tile_fwd(logits, targets, stats, None, how, keep_tile=True)
     return tensors
 
 
@@ -200,28 +187,18 @@ def _logits_bwd(
     entropy: Tensor,
     g_logps: Tensor | None,
     g_entropy: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
+    *form: Any,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if g_logps is None and g_entropy is None:
         return grad.zero_()
     stats = RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None)
-    c = torch.zeros_like(logps) if g_logps is None else g_logps.to(logps.dtype).contiguous()
-    e = None if g_entropy is None else g_entropy.to(logps.dtype).contiguous()
-    operators.implementation(logits, "rowwise", reference).logprobs_bwd(
-        logits,
-        targets,
-        stats,
-        c,
-        e,
-        grad,
-        softcap=softcap,
-        temperature=statistics.temperature_of(row_temperature, temperature),
-        ignore_index=ignore_index,
-    )
+    how = statistics.logits_of(None, logits.dtype, *form)
+    # a tile function writes the gradient of minus the loss, without the 1 / T of the logits
+    given = (torch.zeros_like(logps) if g_logps is None else g_logps, g_entropy)
+    factors = Factors._make(None if g is None else -(g.to(logps.dtype) / how.temperature) for g in given)
+    tiles = operators.implementation(logits, "logprobs", reference)
+    tiles.tile_bwd(logits, targets, stats, factors, grad, how, keep_tile=True)
     return grad
 
 

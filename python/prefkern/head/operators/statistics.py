@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from prefkern.kernels.interface import Logits, RowStats, wide_dtype
-from prefkern.types import Temperature
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 LOGITS = "Tensor? row_temperature, float temperature, float? softcap, int ignore_index"
@@ -30,18 +29,15 @@ def row_stats(tensors: tuple[Tensor, ...], outputs: list[str]) -> RowStats:
     return RowStats(*tensors[:3], *given)
 
 
-def temperature_of(rows: Tensor | None, scalar: float) -> Temperature:
-    return scalar if rows is None else rows
-
-
 def logits_of(
     bias: Tensor | None,
     dtype: torch.dtype,
-    logit_scale: float,
-    softcap: float | None,
     row_temperature: Tensor | None,
     temperature: float,
-    ignore_index: int,
+    softcap: float | None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
 ) -> Logits:
-    wide_bias = None if bias is None else bias.to(wide_dtype(dtype))
-    return Logits(wide_bias, logit_scale, softcap, temperature_of(row_temperature, temperature), ignore_index)
+    """Returns how logits are made, of an operator's arguments `LOGITS` and the logit scale."""
+    wide = None if bias is None else bias.to(wide_dtype(dtype))
+    return Logits(wide, logit_scale, softcap, temperature if row_temperature is None else row_temperature, ignore_index)

@@ -11,7 +11,7 @@ With ``p`` the policy's distribution of a row and ``q`` the reference's, ``beta`
 on the loss. ``log(p / m)`` and ``log(q / m)`` are made of ``d = log q - log p`` and ``exp(-|d|)``, so that nothing
 overflows or cancels. A logit of -inf has no probability and no gradient; D is infinite where the distribution in front
 has a token that the other has not, and NaN where one has no finite logit at all. Row statistics are those of
-`prefkern.kernels.reference`.
+`prefkern.kernels.reference.logprobs`.
 
 In float16 ``u`` is written times ``peak / bound``: probabilities of 1e-6 and their differences stay normal numbers.
 """
@@ -22,8 +22,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prefkern.kernels.interface import DivergenceRows, LogitForm, activate, center
-from prefkern.kernels.reference.rows import blocks, rows_of, scale_rows
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, Logits, TilePair
+from prefkern.kernels.reference.rows import blocks, scale_rows
 
 __all__ = ["IN_PLACE", "scale_rows", "tile_bwd", "tile_fwd"]
 
@@ -31,76 +31,61 @@ IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is ov
 
 
 def tile_fwd(
-    tile: Tensor,  # [C, V], raw products or logits, of any floating dtype
-    ref_tile: Tensor,  # [C, V]
-    scored: Tensor | None,  # [C] bool, None: all
-    divergence: Tensor,  # [C]
-    entropy: Tensor | None,  # [C], of the policy
-    rows: DivergenceRows,
-    held: Tensor | None,  # [C, V]
-    *,
-    form: LogitForm,
-    ref_form: LogitForm,
-    beta: float,
-    peak: float | None,
+    pair: TilePair, results: DivergenceResults, held: Tensor | None, *, beta: float, peak: float | None
 ) -> None:
-    """Fills ``divergence``, ``entropy`` and ``rows`` from tiles of whole rows and writes ``u`` into ``held``."""
-    for block in blocks(*tile.shape):
-        lp, slope, row_max, log_sum = _log_probs(tile, form, block)
-        lq, _, ref_row_max, ref_log_sum = _log_probs(ref_tile, ref_form, block)
-        pair = _Pair(lp, lq, beta)
-        value, center = pair.divergence()
-        results = [
-            (divergence, value.clamp_(min=0.0)),
-            *zip(rows, (row_max, log_sum, ref_row_max, ref_log_sum, center), strict=True),
-        ]
-        if entropy is not None:
-            results.append((entropy, pair.entropy()))
-        ignored = None if scored is None else ~scored[block]
-        for out, computed in results:
-            out[block] = computed if ignored is None else computed.masked_fill(ignored, 0.0)
+    """Fills ``results`` from tiles of whole rows and writes ``u`` into ``held [C, V]``."""
+    for rows in blocks(*pair.tile.shape):
+        block, own = pair.rows(rows), results.rows(rows)
+        # log-probabilities of both heads, and the divergence
+        lp, slope, row_max, log_sum = _log_probs(block.tile, block.logits)
+        lq, _, ref_row_max, ref_log_sum = _log_probs(block.ref_tile, block.ref_logits)
+        both = _LogProbs(lp, lq, beta)
+        value, center = both.divergence()
+        computed = [value.clamp_(min=0.0), row_max, log_sum, ref_row_max, ref_log_sum, center]
+        written = [own.divergence, *own.stats]
+        if own.entropy is not None:
+            computed.append(both.entropy())
+            written.append(own.entropy)
+        ignored = None if block.scored is None else ~block.scored
+        for out, result in zip(written, computed, strict=True):
+            out.copy_(result if ignored is None else result.masked_fill(ignored, 0.0))
+        # the unscaled gradient, of the statistics as they are kept
         if held is not None:
-            kept = DivergenceRows._make(value[block] for value in rows)
-            _write(held[block], pair.gradient(kept.center), slope, None, kept.bound(beta), peak, ignored)
+            _write(held[rows], both.gradient(own.stats.center), slope, None, own.stats.bound(beta), peak, ignored)
 
 
 def tile_bwd(
-    tile: Tensor,  # [R, Vs], some columns of the vocabulary
-    ref_tile: Tensor,  # [R, Vs]
-    scored: Tensor | None,  # [R]
-    rows: DivergenceRows,
+    pair: TilePair,  # of some columns of the vocabulary
+    stats: DivergenceStats,
     c: Tensor | None,  # [R], None means 1
-    out: Tensor,  # [R, Vs], any row stride; may be `tile`
+    out: Tensor,  # [R, Vs], any row stride; may be the policy's tile
     *,
-    form: LogitForm,
-    ref_form: LogitForm,
     beta: float,
     peak: float | None,
 ) -> None:
     """Recomputes ``c u`` from tiles of some columns."""
-    for block in blocks(*tile.shape):
-        kept = DivergenceRows._make(value[block] for value in rows)
-        lp, slope, *_ = _log_probs(tile, form, block, kept.row_max, kept.log_sum)
-        lq, *_ = _log_probs(ref_tile, ref_form, block, kept.ref_row_max, kept.ref_log_sum)
-        u = _Pair(lp, lq, beta).gradient(kept.center)
-        ignored = None if scored is None else ~scored[block]
-        _write(out[block], u, slope, None if c is None else c[block], kept.bound(beta), peak, ignored)
+    for rows in blocks(*pair.tile.shape):
+        block, own = pair.rows(rows), stats.rows(rows)
+        lp, slope, *_ = _log_probs(block.tile, block.logits, own.row_max, own.log_sum)
+        lq, *_ = _log_probs(block.ref_tile, block.ref_logits, own.ref_row_max, own.ref_log_sum)
+        gradient = _LogProbs(lp, lq, beta).gradient(own.center)
+        ignored = None if block.scored is None else ~block.scored
+        _write(out[rows], gradient, slope, None if c is None else c[rows], own.bound(beta), peak, ignored)
 
 
 def _log_probs(
-    tile: Tensor, form: LogitForm, block: slice, row_max: Tensor | None = None, log_sum: Tensor | None = None
+    tile: Tensor, logits: Logits, row_max: Tensor | None = None, log_sum: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Log-probabilities (a new tensor), the softcap's derivative, and the row statistics, found if not given."""
-    x = tile[block].to(torch.promote_types(tile.dtype, torch.float32), copy=True)
-    slope = activate(x, form.bias, form.logit_scale, form.softcap)
-    temperature = rows_of(form.temperature, block)
+    x = tile.to(torch.promote_types(tile.dtype, torch.float32), copy=True)
+    slope = logits.activate(x)
     if row_max is None or log_sum is None:
         row_max = x.amax(-1)
-        z = center(x, row_max, temperature)
-        log_sum = torch.exp(z).sum(-1).log_()  # in levels, as in `prefkern.kernels.reference`
+        z = logits.center(x, row_max)
+        log_sum = torch.exp(z).sum(-1).log_()  # in levels, as in `prefkern.kernels.reference.logprobs`
         log_sum.masked_fill_(log_sum == -math.inf, math.nan)  # without any finite logit there is no distribution
         return z.sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
-    return center(x, row_max, temperature).sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
+    return logits.center(x, row_max).sub_(log_sum.unsqueeze(-1)), slope, row_max, log_sum
 
 
 def _write(
@@ -123,7 +108,7 @@ def _write(
         out[ignored] = 0.0
 
 
-class _Pair:
+class _LogProbs:
     """The log-probabilities of some rows under both heads, and what is made of them, each at most once."""
 
     def __init__(self, lp: Tensor, lq: Tensor, beta: float) -> None:
@@ -139,7 +124,7 @@ class _Pair:
         return self._lq.exp()
 
     def divergence(self) -> tuple[Tensor, Tensor]:
-        """D, and the center of the gradient."""
+        """Returns D, and the center of the gradient."""
         if self._beta == 0.0:
             value = self._expected_gap(self._q, self._lq, self._lp)
             return value, value

@@ -1,6 +1,7 @@
 """Token log-probabilities in plain torch: what runs on the CPU, and the oracle of the kernels.
 
-A *tile* is a block of the raw product ``a = h W^T``. With ``x = softcap(logit_scale (a + bias))`` and temperature T:
+A *tile* is a block of the raw product ``a = h W^T``, or of logits. With ``x = softcap(logit_scale (a + bias))`` and
+temperature T:
 
     row_max = max_v x_v                       log_sum = log sum_v exp((x_v - row_max) / T)
     log p_v = (x_v - row_max) / T - log_sum   entropy = log_sum - sum_v p_v (x_v - row_max) / T
@@ -21,60 +22,38 @@ import math
 import torch
 from torch import Tensor
 
-from prefkern.kernels.interface import RowStats, activate, center, stats_rows, wide_dtype
-from prefkern.kernels.reference.logprobs_bwd import held_bwd, tile_bwd
-from prefkern.kernels.reference.rows import blocks, clear, rows_of, scale_rows
-from prefkern.types import Temperature
+from prefkern.kernels.interface import Factors, Logits, RowStats, wide_dtype
+from prefkern.kernels.reference.rows import blocks, clear, scale_rows
 
-__all__ = ["IN_PLACE", "held_bwd", "logprobs_bwd", "logprobs_fwd", "scale_rows", "tile_bwd", "tile_fwd"]
+__all__ = ["IN_PLACE", "held_bwd", "scale_rows", "tile_bwd", "tile_fwd"]
 
 IN_PLACE = True  # `held` may be `tile` itself: each row is read before it is overwritten
 
 
-def _scaled(x: Tensor, temperature: Temperature) -> Tensor:
-    return x / temperature if isinstance(temperature, Tensor) or temperature != 1.0 else x
-
-
 def tile_fwd(
-    tile: Tensor,  # [C, V], overwritten
-    bias: Tensor | None,  # [V]
+    tile: Tensor,  # [C, V], overwritten unless `keep_tile`
     targets: Tensor,  # [C]
     stats: RowStats,
     held: Tensor | None,  # [C, V]
+    logits: Logits,
     *,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
+    keep_tile: bool = False,
 ) -> None:
     """Fills ``stats`` from a tile of whole rows and writes ``u`` into ``held`` (which may be ``tile``)."""
-    for block in blocks(*tile.shape):
-        _rows_fwd(
-            tile[block],
-            bias,
-            targets[block],
-            stats_rows(stats, block),
-            None if held is None else held[block],
-            logit_scale,
-            softcap,
-            rows_of(temperature, block),
-            ignore_index,
-        )
+    for rows in blocks(*tile.shape):
+        u = None if held is None else held[rows]
+        _fold(_own(tile[rows], keep_tile), targets[rows], stats.rows(rows), u, logits.rows(rows))
 
 
-def _rows_fwd(
-    x: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    stats: RowStats,
-    held: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
-) -> None:
+def _own(tile: Tensor, keep: bool) -> Tensor:
+    """The tile as it may be overwritten: itself, or a wide copy."""
+    return tile.to(wide_dtype(tile.dtype), copy=True) if keep else tile
+
+
+def _fold(x: Tensor, targets: Tensor, stats: RowStats, held: Tensor | None, logits: Logits) -> None:
+    """`tile_fwd` of one block, which it overwrites."""
     V = x.shape[1]
-    ignored = targets == ignore_index
+    ignored = targets == logits.ignore_index
     outside = ((targets < 0) | (targets >= V)) & ~ignored
     index = targets.clamp(0, V - 1).unsqueeze(-1)
 
@@ -82,14 +61,15 @@ def _rows_fwd(
         if out is not None:
             out.copy_(value.masked_fill_(outside, math.nan).masked_fill_(ignored, 0.0))
 
-    factor = activate(x, bias, logit_scale, softcap)
+    # logits before the temperature, and what is asked of them
+    slope = logits.activate(x)
     row_max = x.amax(-1)
     dead = row_max == -math.inf
     if stats.mean_logit is not None:
-        write(stats.mean_logit, _scaled(x.mean(-1), temperature))
+        write(stats.mean_logit, x.mean(-1) / logits.temperature)
     if stats.is_top1 is not None:
         torch.logical_and(x.argmax(-1) == targets, ~ignored, out=stats.is_top1)
-    z = center(x, row_max, temperature)
+    z = logits.center(x, row_max)
     z_target = z.gather(1, index).squeeze(-1)
 
     # softmax would add up the exponentials one after the other: beside the 1 of a confident token small ones are lost
@@ -111,67 +91,87 @@ def _rows_fwd(
     write(stats.log_sum, log_sum)
     if held is None:
         return
+
+    # u: probabilities, with expm1(log p_y) at the target
     at_target = torch.expm1(logps).masked_fill_(z_target == -math.inf, 0.0).unsqueeze(-1)
     p.mul_(share.unsqueeze(-1)).scatter_(1, index, at_target)
-    if factor is not None:
-        p.mul_(factor)
+    if slope is not None:
+        p.mul_(slope)
     if p.data_ptr() != held.data_ptr():
         held.copy_(p)
     clear(held, ignored, outside)
 
 
-def logprobs_fwd(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
+def tile_bwd(
+    tile: Tensor,  # [R, Vs], columns v_start .. v_start + Vs; overwritten unless `keep_tile`
+    targets: Tensor,  # [R]
     stats: RowStats,
+    factors: Factors,
+    out: Tensor,  # [R, Vs], any row stride
+    logits: Logits,  # of these columns
     *,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
+    v_start: int = 0,
+    keep_tile: bool = False,
 ) -> None:
-    """Fills ``stats`` from logits; the logits are not changed."""
-    for block in blocks(*logits.shape):
-        tile = logits[block].to(wide_dtype(logits.dtype), copy=True)
-        _rows_fwd(
-            tile,
-            None,
-            targets[block],
-            stats_rows(stats, block),
-            None,
-            1.0,
-            softcap,
-            rows_of(temperature, block),
-            ignore_index,
-        )
+    """Recomputes ``c u + e p (log p + entropy) (1 - t)(1 + t)`` from a tile of some columns of the vocabulary."""
+    ignored = targets == logits.ignore_index
+    columns = targets - v_start
+    for rows in blocks(*tile.shape):
+        own, x = stats.rows(rows), _own(tile[rows], keep_tile)
+        _gradient(x, columns[rows], own, factors.rows(rows), out[rows], logits.rows(rows))
+        clear(out[rows], ignored[rows], own.logps.isnan())
 
 
-def logprobs_bwd(
-    logits: Tensor,  # [N, V]
-    targets: Tensor,  # [N]
+def _gradient(x: Tensor, targets: Tensor, stats: RowStats, factors: Factors, out: Tensor, logits: Logits) -> None:
+    """`tile_bwd` of one block, which it overwrites; targets are columns of the block, or none."""
+    c, e = factors
+    slope = logits.activate(x)
+    logp = logits.center(x, stats.row_max).sub_(stats.log_sum.unsqueeze(-1))
+    # the only entry that could be NaN is that of a row without a finite logit: its log p is -inf, its p 0
+    p = logp.exp() if e is not None else logp.exp_()
+    gradient = p
+    if e is not None:
+        assert stats.entropy is not None
+        gradient = logp.clamp_(min=-1e30).add_(stats.entropy.unsqueeze(-1)).mul_(p).mul_(e.unsqueeze(-1))
+    # then p becomes u, by expm1(log p_y) at the target where that is one of these columns
+    index, here = _columns(targets, x.shape[1])
+    at_target = torch.expm1(stats.logps).masked_fill_(stats.logps == -torch.inf, 0.0)
+    p.scatter_(1, index, torch.where(here, at_target, p.gather(1, index).squeeze(-1)).unsqueeze(-1))
+    if c is not None:
+        p.mul_(c.unsqueeze(-1))
+    if e is not None:
+        gradient.add_(p)
+    if slope is not None:
+        gradient.mul_(slope)
+    if out.data_ptr() != gradient.data_ptr():
+        out.copy_(gradient)
+
+
+def _columns(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """A legal column for every target as ``[R, 1]``, and whether it is the target's own."""
+    return targets.clamp(0, width - 1).unsqueeze(-1), (targets >= 0) & (targets < width)
+
+
+def held_bwd(
+    held: Tensor,  # [K, Vs], columns v_start .. v_start + Vs, any row stride
+    targets: Tensor,  # [K]
     stats: RowStats,
-    c: Tensor,
-    e: Tensor | None,
-    grad: Tensor,  # [N, V]
+    factors: Factors,  # both given
+    out: Tensor,  # [K, Vs], any row stride
+    logits: Logits,
     *,
-    softcap: float | None,
-    temperature: Temperature,
-    ignore_index: int,
+    v_start: int = 0,
 ) -> None:
-    """Writes the gradient of the loss with respect to the logits: ``-(c u + e p (log p + entropy)) / T``."""
-    c = -_scaled(c, temperature)
-    e = None if e is None else -_scaled(e, temperature)
-    for block in blocks(*logits.shape):
-        tile_bwd(
-            logits[block].to(wide_dtype(logits.dtype), copy=True),
-            None,
-            targets[block],
-            stats_rows(stats, block),
-            c[block],
-            None if e is None else e[block],
-            grad[block],
-            v_start=0,
-            logit_scale=1.0,
-            softcap=softcap,
-            temperature=rows_of(temperature, block),
-            ignore_index=ignore_index,
-        )
+    """Writes the same sum from the held ``u`` without softcap: ``p = u`` except at the target, where
+    ``p = exp(log p_y)``."""
+    c, e, entropy = factors.c, factors.e, stats.entropy
+    assert c is not None
+    assert e is not None
+    assert entropy is not None
+    for rows in blocks(*held.shape):
+        u = held[rows].to(c.dtype)
+        index, here = _columns(targets[rows] - v_start, u.shape[1])
+        at_target = torch.where(here, stats.logps[rows].exp(), u.gather(1, index).squeeze(-1))
+        p = u.clone().scatter_(1, index, at_target.unsqueeze(-1))
+        gradient = p.log().clamp_(min=-1e30).add_(entropy[rows].unsqueeze(-1)).mul_(p).mul_(e[rows].unsqueeze(-1))
+        out[rows].copy_(gradient.addcmul_(u, c[rows].unsqueeze(-1)))

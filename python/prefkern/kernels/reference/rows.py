@@ -1,13 +1,10 @@
-"""What the tile functions in plain torch share: blocks of rows that the caches hold, how logits are made; and row
-scaling."""
+"""What the tile functions in plain torch share: blocks of rows that the caches hold, and row scaling."""
 
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-from prefkern.types import Temperature
 
 CAST_BYTES = 8 << 20
 """Bytes of the part of a matrix that is widened at once: it stays in the cache."""
@@ -22,17 +19,14 @@ def block_elements(rows: int, V: int) -> int:
 
 
 def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yields the rows of a tile block by block."""
     step = max(1, block_elements(rows, columns) // max(columns, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def rows_of(temperature: Temperature, block: slice) -> Temperature:
-    return temperature[block] if isinstance(temperature, Tensor) else temperature
-
-
 def clear(gradient: Tensor, ignored: Tensor, outside: Tensor) -> None:
-    """Zero rows for ignored targets, NaN rows for targets outside the vocabulary."""
+    """Writes zero rows for ignored targets, NaN rows for targets outside the vocabulary."""
     if ignored.any():
         gradient[ignored] = 0.0
     if outside.any():
@@ -47,7 +41,8 @@ def scale_rows(
     post: Tensor | None = None,  # [], a power of two
     other: tuple[Tensor, Tensor] | None = None,  # [N, H] and its factors [N]
 ) -> None:
-    """``out = post (row x + other_row other)``, rounded once; rows whose factors are 0 are 0, whatever stands in x."""
+    """Writes ``out = post (row x + other_row other)``, rounded once; rows whose factors are 0 are 0, whatever stands in
+    x."""
     factors = [factor if post is None else factor * post for factor in (row, *([] if other is None else other[1:]))]
     if other is None and x.dtype == row.dtype == out.dtype:
         torch.mul(x, factors[0].unsqueeze(-1), out=out)

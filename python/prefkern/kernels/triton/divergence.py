@@ -2,221 +2,158 @@
 
 The tiles ``[C, V]`` are the raw products of two heads (float32), or logits of any floating dtype. `tile_fwd` reads them
 twice, once for D and what the gradient needs of it, once for ``u``, which it writes to a buffer of its own; three times
-for Jensen-Shannon, whose sums need both log-sums first. The mathematics is in `_divergence`; the backward, which
-recomputes ``u`` from some columns, in `divergence_bwd`.
+for Jensen-Shannon, whose sums need both log-sums first. `tile_bwd` recomputes ``u`` times a row's factor from some
+columns of two tiles and the statistics that the forward left. The mathematics is in `prefkern.kernels.triton.two_rows`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from prefkern.kernels.triton.divergence_bwd import check_tiles, mode_of, tile_bwd
-from prefkern.kernels.triton.launch import Tile, check_rows, on_device, row_temperature
+from prefkern.kernels.triton.launch import Tile, check_rows, form_of, launch, matrix
+from prefkern.kernels.triton.row import Row, temperature_of
 from prefkern.kernels.triton.scale import scale_rows
-from prefkern.kernels.triton.two_rows import pair_statistics
-from prefkern.kernels.triton.two_rows_gradient import write_pair_gradient
+from prefkern.kernels.triton.two_rows import PairStats, RowPair, pair_statistics, write_pair_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefkern.kernels.interface import DivergenceRows, LogitForm
+    from prefkern.kernels.interface import DivergenceResults, DivergenceStats, TilePair
 
 __all__ = ["IN_PLACE", "scale_rows", "tile_bwd", "tile_fwd"]
 
-IN_PLACE = False  # `held` must not alias the tile
+IN_PLACE = False  # `held` must not alias a tile
+
+# By the size of a logit: 16 bytes a lane and load. Two tiles are in flight, so that lanes are half those of `logprobs`.
+FORWARD = {2: Tile(lanes=256, per_lane=8, num_warps=8, num_stages=1), 4: Tile(256, 4, 8, 1)}
+BACKWARD = {2: Tile(lanes=256, per_lane=8, num_warps=8, num_stages=1), 4: Tile(256, 4, 8, 1)}
+
+
+class Two(NamedTuple):
+    """Two tiles as kernels take them: the policy's and the reference's, how each becomes logits, which rows count."""
+
+    tile: Any  # Matrix [C, V]
+    ref_tile: Any  # Matrix [C, V]
+    form: Any
+    ref_form: Any
+    scored: Any  # [C] bool; None: all
+
+
+class Kind(NamedTuple):
+    """Which divergence (beside MODE), and the ``peak`` that a row's gradient is held times over its bound, or None."""
+
+    beta: Any
+    peak: Any
+
+
+@triton.jit
+def _is_scored(two, i, V):
+    scored = V > 0
+    if two.scored is not None:
+        scored = tl.load(two.scored + i) != 0
+    return scored
 
 
 @triton.jit(do_not_specialize=["V"])
 def _divergence_fwd_kernel(
-    tile_ptr,  # [C, V]
-    bias_ptr,  # [V] or None
-    temperature_ptr,  # [C] or None
-    ref_tile_ptr,  # [C, V]
-    ref_bias_ptr,  # [V] or None
-    ref_temperature_ptr,  # [C] or None
-    scored_ptr,  # [C] bool, or None: all
-    divergence_ptr,  # [C], as all that follow
-    entropy_ptr,  # None where not asked for
-    row_max_ptr,
-    log_sum_ptr,
-    ref_row_max_ptr,
-    ref_log_sum_ptr,
-    center_ptr,
-    held_ptr,  # [C, V] or None
-    logit_scale,
-    softcap,
-    temperature,
-    ref_logit_scale,
-    ref_softcap,
-    ref_temperature,
-    beta,
-    peak,
+    two,
+    results,  # DivergenceResults of [C]; the entropy is None where not asked for
+    held,  # Matrix [C, V] or None
+    kind,
     V,
-    stride,
-    ref_stride,
-    held_stride,
     MODE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_REF_BIAS: tl.constexpr,
-    HAS_REF_TEMPERATURE: tl.constexpr,
-    HAS_REF_SOFTCAP: tl.constexpr,
-    HAS_SCORED: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_HELD: tl.constexpr,
-    HAS_PEAK: tl.constexpr,
-    LANES: tl.constexpr,
-    PER_LANE: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = tile_ptr + row * stride
-    ref_row_ptr = ref_tile_ptr + row * ref_stride
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    if HAS_REF_TEMPERATURE:
-        ref_temperature = tl.load(ref_temperature_ptr + row).to(tl.float32)
-    scored = V > 0
-    if HAS_SCORED:
-        scored = tl.load(scored_ptr + row) != 0
-    divergence, center, entropy, row_max, log_sum, ref_row_max, ref_log_sum = pair_statistics(
-        row_ptr,
-        bias_ptr,
-        ref_row_ptr,
-        ref_bias_ptr,
-        logit_scale,
-        softcap,
-        temperature,
-        ref_logit_scale,
-        ref_softcap,
-        ref_temperature,
-        beta,
-        tl.where(scored, V, 0),
-        MODE,
-        HAS_BIAS,
-        HAS_REF_BIAS,
-        HAS_SOFTCAP,
-        HAS_REF_SOFTCAP,
-        HAS_ENTROPY,
-        LANES,
-        PER_LANE,
-        STAGES,
+    i = tl.program_id(0).to(tl.int64)
+    own = Row(two.tile.ptr + i * two.tile.stride, two.form, temperature_of(two.form, i))
+    ref = Row(two.ref_tile.ptr + i * two.ref_tile.stride, two.ref_form, temperature_of(two.ref_form, i))
+    rows = RowPair(own, ref)
+    scored = _is_scored(two, i, V)
+    columns = tl.where(scored, V, 0)
+    divergence, entropy, stats = pair_statistics(rows, results.entropy, kind.beta, columns, MODE, TILE)
+    tl.store(results.divergence + i, tl.where(scored, divergence, 0.0))
+    if results.entropy is not None:
+        tl.store(results.entropy + i, tl.where(scored, entropy, 0.0))
+    tl.store(results.stats.row_max + i, tl.where(scored, stats.row_max, 0.0))
+    tl.store(results.stats.log_sum + i, tl.where(scored, stats.log_sum, 0.0))
+    tl.store(results.stats.ref_row_max + i, tl.where(scored, stats.ref_row_max, 0.0))
+    tl.store(results.stats.ref_log_sum + i, tl.where(scored, stats.ref_log_sum, 0.0))
+    tl.store(results.stats.center + i, tl.where(scored, stats.center, 0.0))
+    if held is not None:
+        write_pair_gradient(rows, held.ptr + i * held.stride, scored, stats, 1.0, kind, V, TILE, MODE)
+
+
+@triton.jit(do_not_specialize=["V"])
+def _divergence_bwd_kernel(
+    two,
+    kept,  # DivergenceStats of [R]
+    c_ptr,  # [R]; None: 1
+    out,  # Matrix [R, V]
+    kind,
+    V,
+    MODE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    own = Row(two.tile.ptr + i * two.tile.stride, two.form, temperature_of(two.form, i))
+    ref = Row(two.ref_tile.ptr + i * two.ref_tile.stride, two.ref_form, temperature_of(two.ref_form, i))
+    rows = RowPair(own, ref)
+    scored = _is_scored(two, i, V)
+    stats = PairStats(
+        tl.load(kept.row_max + i),
+        tl.load(kept.log_sum + i),
+        tl.load(kept.ref_row_max + i),
+        tl.load(kept.ref_log_sum + i),
+        tl.load(kept.center + i),
     )
-    tl.store(divergence_ptr + row, tl.where(scored, divergence, 0.0))
-    if HAS_ENTROPY:
-        tl.store(entropy_ptr + row, tl.where(scored, entropy, 0.0))
-    tl.store(row_max_ptr + row, tl.where(scored, row_max, 0.0))
-    tl.store(log_sum_ptr + row, tl.where(scored, log_sum, 0.0))
-    tl.store(ref_row_max_ptr + row, tl.where(scored, ref_row_max, 0.0))
-    tl.store(ref_log_sum_ptr + row, tl.where(scored, ref_log_sum, 0.0))
-    tl.store(center_ptr + row, tl.where(scored, center, 0.0))
-    if HAS_HELD:
-        write_pair_gradient(
-            row_ptr,
-            bias_ptr,
-            ref_row_ptr,
-            ref_bias_ptr,
-            held_ptr + row * held_stride,
-            scored,
-            row_max,
-            log_sum,
-            ref_row_max,
-            ref_log_sum,
-            center,
-            1.0,
-            peak,
-            logit_scale,
-            softcap,
-            temperature,
-            ref_logit_scale,
-            ref_softcap,
-            ref_temperature,
-            beta,
-            V,
-            MODE,
-            HAS_PEAK,
-            HAS_BIAS,
-            HAS_REF_BIAS,
-            HAS_SOFTCAP,
-            HAS_REF_SOFTCAP,
-            LANES,
-            PER_LANE,
-            STAGES,
-        )
+    c = tl.load(c_ptr + i) if c_ptr is not None else 1.0
+    write_pair_gradient(rows, out.ptr + i * out.stride, scored, stats, c, kind, V, TILE, MODE)
 
 
-# By the size of a logit: 16 bytes a lane and load. Two tiles are in flight, so that lanes are half those of `fold`.
-FORWARD = {2: Tile(lanes=256, per_lane=8, num_warps=8, num_stages=1), 4: Tile(256, 4, 8, 1)}
+def mode_of(beta: float) -> int:
+    """Returns 0 for KL(q || p), 1 for KL(p || q), 2 for Jensen-Shannon."""
+    return {0.0: 0, 1.0: 1}.get(beta, 2)
+
+
+def two_of(where: str, pair: TilePair) -> Two:
+    """Returns two tiles as kernels take them, checked."""
+    form, ref_form = form_of(pair.logits), form_of(pair.ref_logits)
+    check_rows(where, tile=pair.tile, ref_tile=pair.ref_tile, scored=pair.scored, form=form)
+    check_rows(where, ref_bias=ref_form.bias, ref_row_temperature=ref_form.row_temperature)
+    return Two(matrix(pair.tile), matrix(pair.ref_tile), form, ref_form, pair.scored)
 
 
 def tile_fwd(
-    tile: Tensor,  # [C, V]
-    ref_tile: Tensor,  # [C, V]
-    scored: Tensor | None,  # [C] bool
-    divergence: Tensor,  # [C]
-    entropy: Tensor | None,  # [C]
-    rows: DivergenceRows,
+    pair: TilePair,
+    results: DivergenceResults,
     held: Tensor | None,  # [C, V], never aliasing a tile
     *,
-    form: LogitForm,
-    ref_form: LogitForm,
     beta: float,
     peak: float | None,
 ) -> None:
-    """Fills ``divergence``, ``entropy`` and ``rows`` from tiles of whole rows, and ``u`` into ``held``; the tiles are
-    not changed."""
-    C, V = tile.shape
-    if C == 0:
-        return
-    temperature, scalar = row_temperature(form.temperature)
-    ref_temperature, ref_scalar = row_temperature(ref_form.temperature)
+    """Fills ``results`` from tiles of whole rows, and ``u`` into ``held``; the tiles are not changed."""
     where = "kernels.divergence.tile_fwd"
-    check_tiles(where, tile, ref_tile, scored, rows, form, ref_form)
-    check_rows(where, divergence=divergence, entropy=entropy, held=held)
-    block = FORWARD[tile.element_size()]
-    with on_device(tile):
-        _divergence_fwd_kernel[(C,)](
-            tile,
-            form.bias,
-            temperature,
-            ref_tile,
-            ref_form.bias,
-            ref_temperature,
-            scored,
-            divergence,
-            entropy,
-            *rows,
-            held,
-            form.logit_scale,
-            1.0 if form.softcap is None else form.softcap,
-            scalar,
-            ref_form.logit_scale,
-            1.0 if ref_form.softcap is None else ref_form.softcap,
-            ref_scalar,
-            beta,
-            1.0 if peak is None else peak,
-            V,
-            tile.stride(0),
-            ref_tile.stride(0),
-            0 if held is None else held.stride(0),
-            MODE=mode_of(beta),
-            HAS_BIAS=form.bias is not None,
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_SOFTCAP=form.softcap is not None,
-            HAS_REF_BIAS=ref_form.bias is not None,
-            HAS_REF_TEMPERATURE=ref_temperature is not None,
-            HAS_REF_SOFTCAP=ref_form.softcap is not None,
-            HAS_SCORED=scored is not None,
-            HAS_ENTROPY=entropy is not None,
-            HAS_HELD=held is not None,
-            HAS_PEAK=peak is not None,
-            LANES=block.lanes,
-            PER_LANE=block.per_lane,
-            STAGES=block.num_stages,
-            num_warps=block.num_warps,
-            enable_fp_fusion=True,
-        )
+    two = two_of(where, pair)
+    check_rows(where, results=results, held=held)
+    arguments = (two, results, matrix(held), Kind(beta, peak), pair.tile.shape[1])
+    launch(_divergence_fwd_kernel, pair.tile, FORWARD[pair.tile.element_size()], *arguments, MODE=mode_of(beta))
+
+
+def tile_bwd(
+    pair: TilePair,  # of some columns of the vocabulary
+    stats: DivergenceStats,
+    c: Tensor | None,  # [R], None means 1
+    out: Tensor,  # [R, Vs], any row stride, not aliasing a tile
+    *,
+    beta: float,
+    peak: float | None,
+) -> None:
+    """Recomputes ``c u`` from tiles of some columns."""
+    where = "kernels.divergence.tile_bwd"
+    two = two_of(where, pair)
+    check_rows(where, stats=stats, c=c, out=out)
+    arguments = (two, stats, c, matrix(out), Kind(beta, peak), pair.tile.shape[1])
+    launch(_divergence_bwd_kernel, pair.tile, BACKWARD[pair.tile.element_size()], *arguments, MODE=mode_of(beta))

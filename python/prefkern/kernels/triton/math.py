@@ -10,7 +10,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the most negative float32
 
 @triton.jit
 def expm1(x):
-    """``exp(x) - 1`` for x <= 0: its series near 0, where the subtraction would cancel."""
+    """Returns ``exp(x) - 1`` for x <= 0: its series near 0, where the subtraction would cancel."""
     series = 1.0 + x * (1.0 / 8.0)
     series = 1.0 + x * (1.0 / 7.0) * series
     series = 1.0 + x * (1.0 / 6.0) * series
@@ -23,7 +23,7 @@ def expm1(x):
 
 @triton.jit
 def log2(x):
-    """``log2 x`` of a float32 >= 0, to 5e-8; -127 at 0, so that ``0 log 0 = 0``; NaN gives some number."""
+    """Returns ``log2 x`` of a float32 >= 0, to 5e-8; -127 at 0, so that ``0 log 0 = 0``; NaN gives some number."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # of a mantissa in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -39,7 +39,7 @@ def log2(x):
 
 @triton.jit
 def tanh(x):
-    """``tanh x`` and ``(1 - t)(1 + t)``: a polynomial below 0.6 (error 3e-9), ``q = exp(-2 |x|)`` beyond."""
+    """Returns ``tanh x`` and ``(1 - t)(1 + t)``: a polynomial below 0.6 (error 3e-9), ``q = exp(-2 |x|)`` beyond."""
     q = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     r = tl.rsqrt((1.0 + q) * (1.0 + q))  # 1 / (1 + q) in one instruction: a division takes seven
     qr = q * r
@@ -53,40 +53,3 @@ def tanh(x):
     is_near = tl.abs(x) < 0.6
     t = tl.where(is_near, near, tl.where(x < 0.0, -far, far))
     return t, tl.where(is_near, 1.0 - near * near, 4.0 * qr * r)
-
-
-@triton.jit
-def logits(a, bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """``x = softcap(logit_scale (a + bias))`` and the softcap's derivative; -inf stays -inf under the cap."""
-    if HAS_BIAS:
-        a = a + bias
-    if HAS_SCALE:
-        a = a * logit_scale
-    x = a
-    slope = a
-    if HAS_SOFTCAP:
-        t, slope = tanh(a * (1.0 / softcap))
-        x = tl.where(a == float("-inf"), a, softcap * t)
-    return x, slope
-
-
-@triton.jit
-def load_logits(
-    row_ptr,
-    bias_ptr,
-    cols,
-    mask,  # None: all
-    logit_scale,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """The logits of some columns before the temperature, and the softcap's derivative there."""
-    if mask is None:
-        a = tl.load(row_ptr + cols).to(tl.float32)
-        b = tl.load(bias_ptr + cols) if HAS_BIAS else 0.0
-    else:
-        a = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(bias_ptr + cols, mask=mask, other=0.0) if HAS_BIAS else 0.0
-    return logits(a, b, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prefkern.commands.benchmark.head.operands import Shape
 from prefkern.commands.benchmark.measure import OUT_OF_TIME, Budget, Spread, Step, time_repeated
-from prefkern.kernels.interface import RowStats
+from prefkern.kernels.interface import Factors, Logits, RowStats
 
 _CHECKED_ROWS = 64
-_OPTIONS: dict[str, Any] = {"softcap": None, "temperature": 1.0, "ignore_index": -100}
+_PLAIN = Logits()
 
 
 class Piece(NamedTuple):
@@ -84,7 +84,7 @@ def _timed(
 
 
 def row_kernels(
-    rowwise: Any, shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget
+    kernels: Any, shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget
 ) -> Iterator[Piece]:
     """Log-probabilities from logits ``[N, V]``, forward and backward: each logit in once, each gradient out once."""
     N, _, V = shape
@@ -95,16 +95,16 @@ def row_kernels(
     rounding = _rounding(logps)
 
     def forward() -> tuple[Tensor, ...]:
-        rowwise.logprobs_fwd(logits, targets, stats, **_OPTIONS)
+        kernels.tile_fwd(logits, targets, stats, None, _PLAIN, keep_tile=True)
         return ()
 
     forward()
     error = _error(stats.logps, logps)
     yield _timed("log-probs, forward", label, logits.nbytes, forward, device, error, rounding, budget)
-    grad, ones = torch.full_like(logits, math.nan), torch.ones(N, device=device)
+    grad, factors = torch.full_like(logits, math.nan), Factors(-torch.ones(N, device=device))
 
     def backward() -> tuple[Tensor, ...]:
-        rowwise.logprobs_bwd(logits, targets, stats, ones, None, grad, **_OPTIONS)
+        kernels.tile_bwd(logits, targets, stats, factors, grad, _PLAIN, keep_tile=True)
         return ()
 
     backward()
@@ -112,29 +112,30 @@ def row_kernels(
     yield _timed("log-probs, backward", label, 2 * logits.nbytes, backward, device, error, bound, budget)
 
 
-def fold_kernels(fold: Any, shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget) -> Iterator[Piece]:
+def fold_kernels(
+    kernels: Any, shape: Shape, dtype: torch.dtype, device: torch.device, budget: Budget
+) -> Iterator[Piece]:
     """The fold of float32 logit tiles, of as many rows as a chunk of the head has, and of more."""
     for C in sorted({min(shape.N, rows) for rows in (256, 4096)}):
-        yield from _fold(fold, C, shape.V, dtype, device, budget)
+        yield from _fold(kernels, C, shape.V, dtype, device, budget)
 
 
-def _fold(fold: Any, C: int, V: int, dtype: torch.dtype, device: torch.device, budget: Budget) -> Iterator[Piece]:
+def _fold(kernels: Any, C: int, V: int, dtype: torch.dtype, device: torch.device, budget: Budget) -> Iterator[Piece]:
     """Statistics only; with the unscaled gradient; the unscaled gradient recomputed. Each logit in, each result out."""
     tiles, targets, stats = _rows(C, V, torch.float32, device, copies=max(1, min(8, (1 << 30) // (C * V * 4))))
     logps, unscaled = _truth(tiles[0], targets)
     held = torch.full((C, V), math.nan, dtype=dtype, device=device)
-    options = {"logit_scale": 1.0, **_OPTIONS}
     turns = itertools.cycle(tiles)
     label = f"[{C}, {V}] -> {_name(dtype)}"
     rounding = _rounding(logps)
     bound = torch.finfo(dtype).eps + rounding
 
     def forward(tile: Tensor, out: Tensor | None) -> tuple[Tensor, ...]:
-        fold.tile_fwd(tile, None, targets, stats, out, **options)
+        kernels.tile_fwd(tile, targets, stats, out, _PLAIN)
         return ()
 
     def backward(tile: Tensor) -> tuple[Tensor, ...]:
-        fold.tile_bwd(tile, None, targets, stats, None, None, held, v_start=0, **options)
+        kernels.tile_bwd(tile, targets, stats, Factors(), held, _PLAIN)
         return ()
 
     forward(tiles[0].clone(), held)  # a fold may overwrite its tile

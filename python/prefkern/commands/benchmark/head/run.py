@@ -140,11 +140,11 @@ def measure_pieces(
     case: Case, device: torch.device, copy: float | None, budget: Budget, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """The row kernels and the products on a CUDA device, at the first case's shape."""
-    from prefkern.kernels.triton import logprobs, rowwise
+    from prefkern.kernels.triton import logprobs
 
     dtype = torch.bfloat16 if case.dtype == torch.float32 else case.dtype
     for source in (
-        pieces.row_kernels(rowwise, case.shape, dtype, device, budget),
+        pieces.row_kernels(logprobs, case.shape, dtype, device, budget),
         pieces.fold_kernels(logprobs, case.shape, dtype, device, budget),
         pieces.products(case.shape, dtype, device, budget),
     ):

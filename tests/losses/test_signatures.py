@@ -35,12 +35,6 @@ def typed_dict(function: Callable[..., object]) -> type:
 LINEAR = [name for name in losses.__all__ if name.startswith("linear_")]
 WITH_REFERENCE = ["linear_dpo_loss", "linear_kl_guided_dpo_loss", "linear_kto_loss", "linear_ppo_loss"]
 WITH_REFERENCE += ["linear_grpo_loss"]
-    "linear_dpo_loss",
-    "linear_kl_guided_dpo_loss",
-    "linear_kto_loss",
-    "linear_ppo_loss",
-    "linear_grpo_loss",
-]
 TAKING = [linear_token_logprobs, linear_kl_divergence, losses.dpo_loss, losses.kto_loss, losses.orpo_loss]
 TAKING += [losses.reward_loss, losses.kl_guided_dpo_loss, losses.reward_regularized_loss, losses.score_weighted_loss]
 TAKING += [losses.cpo_loss, losses.ppo_loss, losses.value_loss, *(getattr(losses, name) for name in LINEAR)]

@@ -16,27 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import prefkern as pk
-from prefkern.losses import kto, preference
+from prefkern.losses import cpo, kto, policy, preference
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "Token log-probabilities": (
-        "token_logprobs",
-        "linear_token_logprobs",
-        "shift_labels",
-        "sequence_logps",
-        "pair_logps",
+    "Token and sequence log-probabilities": (
+        *("token_logprobs", "linear_token_logprobs", "shift_labels", "sequence_logps", "pair_logps", "wpo_weights"),
+        *("head_of", "last_hidden"),
     ),
     "Pairs with a reference": ("dpo_loss", "linear_dpo_loss"),
-    "Pairs without a reference": ("orpo_loss", "linear_orpo_loss", "cpo_loss", "linear_cpo_loss"),
+    "Pairs without a reference": ("orpo_loss", "linear_orpo_loss", "cpo_loss", "linear_cpo_loss", "reward_loss"),
     "Unpaired examples": ("kto_loss", "kto_kl", "linear_kto_loss"),
-    "Policies": ("ppo_loss", "value_loss", "linear_ppo_loss"),
-    "Likelihood and distillation": ("linear_cross_entropy", "kl_divergence", "linear_kl_divergence", "topk_kl"),
+    "Policies": (
+        *("grpo_loss", "linear_grpo_loss", "rloo_loss", "linear_rloo_loss", "ppo_loss", "linear_ppo_loss"),
+        *("value_loss", "importance_weights"),
+    ),
+    "Likelihood and distillation": (
+        *("linear_cross_entropy", "kl_divergence", "linear_kl_divergence", "topk_kl", "ref_kl_advantages"),
+    ),
+    "As introductory texts write them": (
+        *("kl_guided_dpo_loss", "linear_kl_guided_dpo_loss", "reward_regularized_loss"),
+        *("linear_reward_regularized_loss", "score_weighted_loss", "linear_score_weighted_loss"),
+    ),
     "Your own": ("linear_loss",),
 }
 TABLES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "Pairs with a reference": ("dpo_loss(loss_type=)", preference.PAIR_LOSSES),
+    "Pairs without a reference": ("cpo_loss(loss_type=)", cpo.CPO_LOSSES),
     "Unpaired examples": ("kto_loss(loss_type=)", kto.UNPAIRED_LOSSES),
+    "Policies": ("grpo_loss(loss_type=)", policy.POLICY_LOSSES),
 }
 FLAGS = {
     "needs_lengths": "lengths",
@@ -56,6 +64,8 @@ def reads(row: Any) -> str:
     """What a row says that its loss reads beyond the log-probabilities."""
     found = [text for field, text in FLAGS.items() if getattr(row, field, None)]
     found += [f"`{name}`" for name in getattr(row, "needs", ())]
+    if hasattr(row, "reduction"):
+        found.append(f"reduced per {row.reduction}" if row.reduction != "fixed" else "reduced by a fixed length")
     return ", ".join(found) or "-"
 
 

@@ -8,8 +8,7 @@ RUST := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' 2>/dev/null)
 TRITON_OLD := .venv-triton36
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n > 8 ? 8 : n)))
 
-.PHONY: help setup demo ppo ppo-measure test test-python test-rust ptx bench measure measure-engine measure-data cpu-head lint format wheel compile-report mutants stubtest constraints clean
-
+.PHONY: help setup demo ppo ppo-measure textbook test test-python test-rust ptx bench measure measure-engine measure-data architectures cpu-head lint format wheel release compile-report mutants stubtest constraints clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
@@ -71,6 +70,10 @@ measure: setup ## run the benchmark and rewrite the measured tables of README.md
 	@$(BIN)/python -m prefkern bench --json --plot --output bench/results/cpu
 	@$(BIN)/python tools/measured.py
 
+architectures: setup ## which causal models of transformers head_of reads: build each small, compare; rewrite the table
+	@$(BIN)/python bench/architectures.py --markdown bench/results/architectures.md
+	@$(BIN)/python tools/measured.py
+
 cpu-head: setup ## where the time of the head on a CPU goes; rewrites docs/cpu-head.md
 	@$(BIN)/python bench/cpu_head.py --markdown bench/results/cpu-head.md
 	@$(BIN)/python tools/measured.py
@@ -91,6 +94,9 @@ ppo-measure: setup ## a PPO step against plain PyTorch, learning against a known
 	@$(BIN)/python examples/ppo.py --output bench/results/ppo-example
 	@$(BIN)/python tools/measured.py
 
+release: ## build the wheel and the source distribution, check them, install each into an empty environment
+	@PYTHON="$(PYTHON)" bash tools/release.sh
+
 wheel: setup ## build the wheel into dist/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin build --release --out dist
 
@@ -98,6 +104,8 @@ wheel: setup ## build the wheel into dist/
 
 lint: setup ## ruff, mypy, stubtest, rustfmt, clippy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m mypy.stubtest prefkern._core --ignore-disjoint-bases
 	@cargo fmt --check

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefkern import reference
-from prefkern.benchmark.machine import describe
-from prefkern.products import mm
-from prefkern.types import RowStats
+from prefkern.commands.benchmark.machine import describe
+from prefkern.head.engine.products import mm
+from prefkern.kernels.interface import Logits, RowStats
+from prefkern.kernels.reference import logprobs
 
 C, H, V = 256, 1024, 4096  # of the products
 ROWS, COLUMNS = 512, 8192  # of the passes: a tile of 16 MB
@@ -77,8 +77,7 @@ def passes() -> str:
         return RowStats(*rows, None, None, top1) if metrics else RowStats(*rows[:3])
 
     def fold(held: Tensor | None, *, metrics: bool = False) -> Callable[[], object]:
-        options = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0, "ignore_index": -100}
-        return lambda: reference.tile_fwd(x, None, targets, stats(metrics=metrics), held, **options)
+        return lambda: logprobs.tile_fwd(x, targets, stats(metrics=metrics), held, Logits())
 
     hidden, weight = torch.randn(ROWS, H), torch.randn(COLUMNS, H)
     product = measure(lambda: torch.mm(hidden, weight.T, out=other), runs=3)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import prefkern as pk
 from prefkern import testing
-from prefkern.benchmark.measure import Budget, interleave, peak_extra_bytes
-from prefkern.benchmark.operands import DTYPES, Shape, make_operands
-from prefkern.benchmark.report import si_bytes, si_seconds
-from prefkern.products import count_products
+from prefkern.commands.benchmark.head.operands import DTYPES, Shape, make_operands
+from prefkern.commands.benchmark.measure import Budget, interleave, peak_extra_bytes
+from prefkern.commands.benchmark.report import si_bytes, si_seconds
+from prefkern.head.engine.products import count_products
 
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 CHECKED = 64

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import prefkern as pk
-from prefkern.benchmark.measure import peak_extra_bytes, seconds
-from prefkern.benchmark.report import si_bytes, si_seconds
-from prefkern.products import count_products
+from prefkern.commands.benchmark.measure import peak_extra_bytes, seconds
+from prefkern.commands.benchmark.report import si_bytes, si_seconds
+from prefkern.head.engine.products import count_products
 
 H = 128
 TOKENS = (256, 1024, 4096, 16384)

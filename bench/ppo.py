@@ -6,6 +6,7 @@ python bench/ppo.py batches     # writes bench/results/ppo-batches.md
 """
 
 import argparse
+import dataclasses
 import datetime
 import math
 import statistics
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 import ppo_batches
-from prefkern import products
-from prefkern.benchmark import machine
-from prefkern.benchmark.measure import peak_extra_bytes
-from prefkern.benchmark.report import si_bytes, si_seconds
-from prefkern.demo import model
-from prefkern.integrations.ppo import PPOConfig, PPOTrainer, advantages, known, rollout, stats
+from prefkern.commands.benchmark import machine
+from prefkern.commands.benchmark.measure import peak_extra_bytes
+from prefkern.commands.benchmark.report import si_bytes, si_seconds
+from prefkern.commands.demo import model
+from prefkern.head.engine import products
+from prefkern.integrations.ppo import PPOConfig, PPOTrainer, advantages, known_optimum, rollout, stats
 from prefkern.integrations.ppo.optimise import optimise
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,7 +200,7 @@ def step(rounds: int, count: int, layers: int | None) -> str:
     print("peak memory", file=sys.stderr)
     scoring = _peak(plain.score), _peak(ours.score)
     whole = _peak(plain), _peak(ours)
-    trainer.args.max_head_memory = 0
+    trainer.args = dataclasses.replace(args, max_head_memory=0)
     without = whole[0], _peak(ours)
     rows += [
         _ratio("peak memory, scoring with both models", *scoring, si_bytes),
@@ -231,10 +232,10 @@ def batches(epochs: int = 100) -> str:
 
 
 def learning(steps: int) -> str:
-    best = known.best()
+    best = known_optimum.best()
     rows = [["best possible", *(f"{value:.3f}" for value in best), ""]]
     for seed in range(5):
-        found = known.reached(known.learn(seed, steps))
+        found = known_optimum.reached(known_optimum.learn(seed, steps))
         rows.append([f"seed {seed}", *(f"{value:.3f}" for value in found), f"{found.objective / best.objective:.1%}"])
     title = f"{steps} steps of 32 episodes; means of the last 20 steps. {_about()}"
     return f"{title}\n\n{_table(['', 'reward - kl_coef KL', 'reward', 'KL', 'of the best'], rows)}\n"

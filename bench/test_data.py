@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefkern.data import ArrowRows, collate_pairs, gae, pack
-from prefkern.integrations.trl_collators import DataCollatorForPreference
+from prefkern.integrations.trl.collators import DataCollatorForPreference
 
 GAMMA, LAM = 0.99, 0.95
 

@@ -22,7 +22,7 @@ import transformers
 import trl
 
 import prefkern
-from prefkern.demo import data, model
+from prefkern.commands.demo import data, model
 
 TURNS = 10
 """Questions and answers before the one that is judged, so that a row has some hundred tokens, as chats do."""

@@ -17,8 +17,8 @@ from typing import Any
 
 import transformers
 
-from prefkern.benchmark.machine import processor
-from prefkern.demo import data, model
+from prefkern.commands.benchmark.machine import processor
+from prefkern.commands.demo import data, model
 from prefkern.integrations.ppo import PPOConfig, PPOTrainer
 
 WORDS, TOKENS = 10, 32

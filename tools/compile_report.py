@@ -28,6 +28,25 @@ TARGETS = {
 SHARED = 4096  # only the reductions across lanes use it
 
 
+Position = tuple[int, ...]
+
+
+def describe(
+    value: Any, path: Position, constants: dict[Position, Any], attributes: dict[Position, Any], whole: bool
+) -> Any:
+    """Returns an argument's type as Triton takes it; also enters what is constant in it, and what is aligned."""
+    if isinstance(value, tuple) and not whole:
+        parts = enumerate(value)
+        return type(value)(*(describe(part, (*path, i), constants, attributes, False) for i, part in parts))
+    if not isinstance(value, str):
+        constants[path] = value
+        return "constexpr"
+    kind, _, alignment = value.partition(":")
+    if alignment:
+        attributes[path] = [["tt.divisibility", int(alignment)]]
+    return kind
+
+
 def compile_all(targets: list[str], kernels: str) -> list[dict[str, Any]]:
     """One row per specialisation and target, compiled by this process's Triton."""
     import triton
@@ -41,32 +60,18 @@ def compile_all(targets: list[str], kernels: str) -> list[dict[str, Any]]:
     for spec in compile_specs.specs():
         if kernels not in spec.name:
             continue
-        names = spec.kernel.arg_names
-        signature, constants = {}, dict(spec.constants)
-        for name in names:
-            if name in constants:
-                signature[name] = "constexpr"
-            elif name in spec.pointers:
-                signature[name] = "*" + spec.pointers[name]
-            elif name.endswith("_ptr"):
-                signature[name] = "constexpr"
-                constants[name] = None
-            else:
-                floats = name.removeprefix("ref_") in ("softcap", "temperature", "logit_scale", "beta", "peak")
-                signature[name] = "fp32" if floats else "i32"
-        aligned = [
-            name
-            for name in names
-            if signature[name].startswith("*") or name.endswith("stride") or name in spec.multiples
-        ]
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+        given = spec.arguments | {"TILE": spec.tile}
+        signature, constants, attributes = {}, {}, {}
+        for index, name in enumerate(spec.kernel.arg_names):
+            whole = name.isupper() and not isinstance(given[name], str)  # known when compiled, also if it is a tuple
+            signature[name] = describe(given[name], (index,), constants, attributes, whole)
         for target in targets:
             backend, arch, warp = TARGETS[target]
             start = time.perf_counter()
             compiled = triton.compile(
                 ASTSource(spec.kernel, signature, constexprs=constants, attrs=attributes),
                 target=GPUTarget(backend, arch, warp),
-                options={"num_warps": spec.num_warps, "enable_fp_fusion": True},
+                options={"num_warps": spec.tile.num_warps, "enable_fp_fusion": True},
             )
             code = machine_code.nvidia(compiled) if backend == "cuda" else machine_code.amd(compiled)
             rows.append(

@@ -7,8 +7,9 @@ HEADER = "# The exact versions that the tests and benchmarks were last run with.
 
 
 def main() -> None:
-    pins = {d.metadata["Name"].lower(): d.version.split("+")[0] for d in metadata.distributions()}
-    pins.pop("prefkern", None)
+    pins = {d.metadata["Name"].lower().replace("_", "-"): d.version.split("+")[0] for d in metadata.distributions()}
+    for tool in ("prefkern", "pip", "uv", "setuptools"):
+        pins.pop(tool, None)
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items())]
     Path(__file__).parent.parent.joinpath("constraints.txt").write_text(HEADER + "".join(lines))
     print(f"constraints.txt: {len(lines)} packages")

@@ -20,8 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prefkern.benchmark.data_command import goal_text
-from prefkern.benchmark.report import si_bytes, si_seconds
+from prefkern.commands.benchmark.data.command import goal_text
+from prefkern.commands.benchmark.report import si_bytes, si_seconds
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"

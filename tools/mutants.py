@@ -21,10 +21,9 @@ from pathlib import Path
 from mutant_table import MUTANTS, Mutant, quick_tests
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = Path("python/prefkern/kernels")
+KERNELS = Path("python/prefkern/kernels/triton")
 TESTS = [
-    f"tests/kernels/{name}"
-    for name in ("test_math.py", "test_fold.py", "test_rowwise.py", "test_scale.py", "test_divergence_kernels.py")
+    f"tests/kernels/test_{name}.py" for name in ("math", "logprobs", "logprobs_backward", "scale", "divergence_kernels")
 ]
 SECONDS = 240  # a break that makes a loop endless is caught by the clock
 REQUIRED = 0.95
@@ -35,7 +34,7 @@ def mutate(source: str, mutant: Mutant) -> str:
     start = re.search(rf"^def {mutant.function}\(", source, re.MULTILINE)
     if start is None:
         raise SystemExit(f"mutants: {mutant.file} has no function {mutant.function}")
-    end = re.compile(r"^(?:@|def |[A-Z_]+ = )", re.MULTILINE).search(source, start.end())
+    end = re.compile(r"^(?:@|def |class |[A-Z_]+ = )", re.MULTILINE).search(source, start.end())
     stop = end.start() if end else len(source)
     body = source[start.start() : stop]
     if body.count(mutant.old) != 1:

@@ -2,6 +2,6 @@
 
 import sys
 
-from prefkern.cli import main
+from prefkern.commands import main
 
 sys.exit(main())

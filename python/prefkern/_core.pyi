@@ -69,7 +69,6 @@ def standardise(
     scale: float,
     shift: float,
     mask: NDArray[uint8] | None = None,
-    exact: bool = True,
     threads: int = 1,
 ) -> None: ...
 def group_advantages(

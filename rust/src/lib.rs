@@ -1,41 +1,31 @@
-//! The CPU side of prefkern. This file exports; `python` holds the bindings with their argument checks; the work is in
-//! the other modules, which know nothing of Python.
+//! The CPU side of prefkern. `python` holds the bindings with their argument checks; the other modules do the work and know
+//! nothing of Python: without the feature `python`, which is on by default, they are all there is.
 #![deny(unsafe_code)]
 
-mod balance;
-mod batches;
-mod buffer;
-mod collate;
-mod exact;
-mod flat;
-mod gae;
-mod groups;
-mod helpers;
-mod ids;
-mod moments;
-mod packing;
-mod penalty;
-mod place;
+pub mod advantages;
+pub mod batches;
+pub mod failure;
+pub mod rows;
+pub mod scan;
+pub mod threads;
+
+#[cfg(feature = "python")]
 mod python;
-mod returns;
-mod rows;
-mod scan;
 
-use pyo3::prelude::*;
-
-#[pymodule(gil_used = false)]
+#[cfg(feature = "python")]
+#[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
     use crate::python::{
         collate::{fill_sequences, place_rows, sequence_lengths},
-        flat::{flatten_tokens, kept_lengths},
         gae::gae,
         groups::group_advantages,
         lists::flatten,
         moments::{masked_moments, standardise},
         packing::pack,
-        penalty::token_rewards,
+        padding_free::{flatten_tokens, kept_lengths},
         returns::discounted_returns,
         sampling::{balance_lengths, token_batches},
+        token_rewards::token_rewards,
     };
 }

@@ -1,10 +1,8 @@
-//! Rows of a batch: padded or packed, and how they are shared between threads.
+//! Rows of a batch: padded or packed, what is known of their cells, and how they are shared between threads.
 
-use std::mem;
 use std::ops::Range;
-use std::sync::Mutex;
 
-use crate::helpers::{Helpers, together};
+use crate::threads::{share, worth};
 
 /// The least number of cells in a task, so that handing tasks out costs nothing beside them.
 const CELLS_PER_TASK: usize = 1 << 15;
@@ -24,7 +22,7 @@ impl<'a> Rows<'a> {
             return Err(format!("{name} must start at 0, got {}", offsets[0]));
         }
         let last = offsets[offsets.len() - 1];
-        if last as usize != total {
+        if usize::try_from(last) != Ok(total) {
             return Err(format!(
                 "{name} must end at the number of tokens {total}, got {last}"
             ));
@@ -32,7 +30,7 @@ impl<'a> Rows<'a> {
         Ok(Rows::Packed(offsets))
     }
 
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         match self {
             Rows::Padded { rows, .. } => *rows,
             Rows::Packed(offsets) => offsets.len() - 1,
@@ -48,48 +46,129 @@ impl<'a> Rows<'a> {
 
     /// The number of cells.
     pub fn total(&self) -> usize {
-        match self.len() {
+        match self.count() {
             0 => 0,
             rows => self.range(rows - 1).end,
         }
     }
 
     /// Consecutive groups of rows of about equal size, several for each thread.
-    pub fn groups(&self, threads: usize) -> Vec<Range<usize>> {
-        let target = if threads <= 1 {
-            usize::MAX
-        } else {
-            (self.total() / (4 * threads)).max(CELLS_PER_TASK)
+    fn groups(&self, threads: usize) -> Vec<Range<usize>> {
+        let target = match threads {
+            1 => usize::MAX,
+            _ => (self.total() / (4 * threads)).max(CELLS_PER_TASK),
         };
         let mut groups = Vec::new();
         let (mut first, mut cells) = (0, 0);
-        for row in 0..self.len() {
+        for row in 0..self.count() {
             cells += self.range(row).len();
             if cells >= target {
                 groups.push(first..row + 1);
                 (first, cells) = (row + 1, 0);
             }
         }
-        if first < self.len() {
-            groups.push(first..self.len());
+        if first < self.count() {
+            groups.push(first..self.count());
         }
         groups
     }
 
-    /// The cells of `output` by rows, in the groups of `groups`.
-    pub fn split<'o, T>(&self, mut output: &'o mut [T], threads: usize) -> Vec<Part<'o, T>> {
-        let mut cells = |row| {
-            let (first, rest) = mem::take(&mut output).split_at_mut(self.range(row).len());
-            output = rest;
-            (row, first)
-        };
-        let groups = self.groups(threads).into_iter();
-        groups.map(|rows| rows.map(&mut cells).collect()).collect()
+    /// Calls `work` with every row, the last first, and its part of the outputs, on as many threads as are worth while for
+    /// `bytes` of memory traffic.
+    pub fn each<O: Split + Send>(
+        &self,
+        outputs: O,
+        bytes: usize,
+        threads: usize,
+        work: impl Fn(usize, O) + Sync,
+    ) {
+        let threads = worth(bytes, threads);
+        let (mut parts, mut outputs) = (Vec::new(), outputs);
+        for rows in self.groups(threads) {
+            let cells = self.range(rows.end - 1).end - self.range(rows.start).start;
+            let (part, rest) = outputs.split(rows.len(), cells);
+            parts.push((rows, part));
+            outputs = rest;
+        }
+        share(parts, threads, |(rows, mut part)| {
+            let first = self.range(rows.start).start;
+            for row in rows.clone().rev() {
+                let (rest, own) = part.split(row - rows.start, self.range(row).start - first);
+                work(row, own);
+                part = rest;
+            }
+        });
     }
 }
 
-/// Some rows, each with its cells of a flat output.
-pub type Part<'o, T> = Vec<(usize, &'o mut [T])>;
+/// Outputs that can be cut between rows.
+pub trait Split: Sized {
+    /// The part of the first rows, which have so many cells, and that of the others.
+    fn split(self, rows: usize, cells: usize) -> (Self, Self);
+}
+
+/// An element for each cell.
+impl<T> Split for &mut [T] {
+    fn split(self, _rows: usize, cells: usize) -> (Self, Self) {
+        self.split_at_mut(cells)
+    }
+}
+
+/// An element for each row.
+pub struct PerRow<'o, T>(pub &'o mut [T]);
+
+impl<T> Split for PerRow<'_, T> {
+    fn split(self, rows: usize, _cells: usize) -> (Self, Self) {
+        let (first, others) = self.0.split_at_mut(rows);
+        (PerRow(first), PerRow(others))
+    }
+}
+
+impl<O: Split> Split for Option<O> {
+    fn split(self, rows: usize, cells: usize) -> (Self, Self) {
+        self.map(|output| output.split(rows, cells)).unzip()
+    }
+}
+
+impl<A: Split, B: Split> Split for (A, B) {
+    fn split(self, rows: usize, cells: usize) -> (Self, Self) {
+        let (a, others_a) = self.0.split(rows, cells);
+        let (b, others_b) = self.1.split(rows, cells);
+        ((a, b), (others_a, others_b))
+    }
+}
+
+/// Cells in rows, and what is known of them.
+#[derive(Clone, Copy)]
+pub struct Grid<'a, T> {
+    pub rows: Rows<'a>,
+    /// Whether a cell is scored; without it, all are.
+    pub mask: Option<&'a [u8]>,
+    /// Whether nothing after a cell has an effect on it.
+    pub terminated: Option<&'a [u8]>,
+    /// What follows the last cell of each row, 0 without it.
+    pub bootstrap: Option<&'a [T]>,
+}
+
+/// A row of a grid.
+#[derive(Clone, Copy)]
+pub struct Row<'a, T> {
+    pub mask: Option<&'a [u8]>,
+    pub terminated: Option<&'a [u8]>,
+    pub bootstrap: Option<T>,
+}
+
+impl<'a, T: Copy> Grid<'a, T> {
+    pub fn row(&self, row: usize) -> Row<'a, T> {
+        let cells = self.rows.range(row);
+        let flags = |flags: &'a [u8]| &flags[cells.clone()];
+        Row {
+            mask: self.mask.map(flags),
+            terminated: self.terminated.map(flags),
+            bootstrap: self.bootstrap.map(|values| values[row]),
+        }
+    }
+}
 
 /// One offset more than rows, none negative, none below the one before it.
 pub fn check_offsets(name: &str, offsets: &[i64]) -> Result<(), String> {
@@ -128,22 +207,9 @@ pub fn name_rows(rows: &[usize]) -> String {
     }
 }
 
-/// Runs `work` on every part, in this thread and with helpers.
-pub fn share<P: Send>(parts: Vec<P>, helpers: Helpers, work: impl Fn(P) + Sync) {
-    let helpers = helpers.at_most(parts.len().saturating_sub(1));
-    let queue = Mutex::new(parts.into_iter());
-    let take = || queue.lock().ok()?.next();
-    together(helpers, &|| {
-        while let Some(part) = take() {
-            work(part);
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn groups_cover_every_row_once_and_in_order() {
@@ -158,7 +224,7 @@ mod tests {
         ] {
             for threads in [1, 2, 5] {
                 let covered: Vec<usize> = rows.groups(threads).into_iter().flatten().collect();
-                assert_eq!(covered, (0..rows.len()).collect::<Vec<_>>());
+                assert_eq!(covered, (0..rows.count()).collect::<Vec<_>>());
             }
         }
         assert!(
@@ -173,13 +239,37 @@ mod tests {
     }
 
     #[test]
-    fn split_gives_every_row_its_cells() {
+    fn every_row_is_given_its_part_of_the_outputs() {
         let rows = Rows::Packed(&[0, 2, 2, 5]);
-        let mut cells = [0, 1, 2, 3, 4];
-        let parts: Vec<_> = rows.split(&mut cells, 1).into_iter().flatten().collect();
-        let seen: Vec<(usize, Vec<i32>)> =
-            parts.iter().map(|(row, c)| (*row, c.to_vec())).collect();
-        assert_eq!(seen, [(0, vec![0, 1]), (1, vec![]), (2, vec![2, 3, 4])]);
+        let (mut cells, mut of_rows) = ([0, 1, 2, 3, 4], [0; 3]);
+        let outputs = (
+            &mut cells[..],
+            (Some(PerRow(&mut of_rows)), None::<&mut [u8]>),
+        );
+        rows.each(outputs, 0, 1, |row, (cells, (of_row, nothing))| {
+            assert!(nothing.is_none());
+            of_row.unwrap().0[0] = 10 * row + cells.len();
+            cells.iter_mut().for_each(|cell| *cell += 100 * row);
+        });
+        assert_eq!(cells, [0, 1, 202, 203, 204]);
+        assert_eq!(of_rows, [2, 10, 23]);
+    }
+
+    #[test]
+    fn no_rows_are_no_work() {
+        let none: &mut [u8] = &mut [];
+        Rows::Packed(&[0]).each(none, 0, 1, |_, _| unreachable!());
+    }
+
+    #[test]
+    fn threads_share_all_rows() {
+        let rows = Rows::Padded {
+            rows: 77,
+            width: 5000,
+        };
+        let mut cells = vec![0; rows.total()];
+        rows.each(&mut cells[..], usize::MAX, 3, |row, cells| cells.fill(row));
+        assert!((0..cells.len()).all(|cell| cells[cell] == cell / 5000));
     }
 
     #[test]
@@ -200,19 +290,6 @@ mod tests {
             message(&[0, 4]),
             "o must end at the number of tokens 5, got 4"
         );
-    }
-
-    #[test]
-    fn every_part_is_worked_on_once() {
-        let sum = AtomicUsize::new(0);
-        share(
-            (0..1000).collect(),
-            Helpers::for_bytes(1 << 30, 4),
-            |part| {
-                sum.fetch_add(part, Ordering::Relaxed);
-            },
-        );
-        assert_eq!(sum.into_inner(), 499_500);
     }
 
     #[test]

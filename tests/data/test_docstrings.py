@@ -4,19 +4,10 @@ import doctest
 
 import pytest
 
-from prefkern.data import (
-    advantages,
-    groups,
-    moments,
-    padding_free,
-    returns,
-    rewards,
-    rollouts,
-    sampling,
-    sparsity,
-)
+from prefkern.data.advantages import gae, groups, moments, returns, rewards
+from prefkern.data.batches import filtering, padding_free, rollouts, sampling
 
-MODULES = [advantages, groups, moments, padding_free, returns, rewards, rollouts, sampling, sparsity]
+MODULES = [gae, groups, moments, padding_free, returns, rewards, rollouts, sampling, filtering]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

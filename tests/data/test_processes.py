@@ -95,7 +95,7 @@ def test_forked_dataloader_workers_do_not_hang():
 
 
 def test_a_fork_at_any_moment_of_a_call_leaves_a_child_that_works():
-    """While helpers start, work or linger: another thread calls all the time."""
+    """While threads start or work: another one calls all the time."""
     assert (
         run(
             """
@@ -138,8 +138,7 @@ def test_a_fork_at_any_moment_of_a_call_leaves_a_child_that_works():
     )
 
 
-def test_no_thread_outlives_a_call_for_long():
-    """Helpers stay for 0.2 ms."""
+def test_no_thread_outlives_a_call():
     if not Path("/proc/self/task").exists():
         pytest.skip("this system does not list threads there")
     assert (
@@ -165,7 +164,7 @@ def test_no_thread_outlives_a_call_for_long():
             caller.join()
             time.sleep(0.2)
             assert threads() == before
-        assert before + 1 < most <= before + 8, most  # the caller and its helpers
+        assert before + 1 < most <= before + 8, most  # the caller and those that help it
         print("done")
         """
         )
@@ -241,7 +240,7 @@ def test_what_is_loaded_when():
         """
         import sys
         import prefkern.data
-        from prefkern._check import MissingDependency
+        from prefkern.check import MissingDependency
         assert "prefkern._core" not in sys.modules
 
         sys.modules["prefkern._core"] = None

@@ -26,19 +26,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         pytest.skip("kernels are compiled where there is a CUDA device")
     import interpreter
 
-    from prefkern.kernels import divergence, divergence_bwd, fold, fold_bwd, rowwise, scale
-    from prefkern.kernels._launch import Tile
+    from prefkern.kernels.triton import divergence, logprobs, scale
+    from prefkern.kernels.triton.launch import Tile
 
     interpreter.install()
-    narrow, wide = Tile(16, 8, 1, 1), Tile(32, 4, 1, 1)
+    tiles = {2: Tile(16, 8, 1, 1), 4: Tile(32, 4, 1, 1)}
     for name in ("FORWARD", "SOFTCAP_FORWARD", "BACKWARD"):
-        monkeypatch.setattr(rowwise, name, {2: narrow, 4: wide})
-    monkeypatch.setattr(fold_bwd, "HELD_BACKWARD", {2: narrow, 4: wide})
-    monkeypatch.setattr(divergence, "FORWARD", {2: narrow, 4: wide})
-    monkeypatch.setattr(divergence_bwd, "BACKWARD", {2: narrow, 4: wide})
-    monkeypatch.setattr(scale, "SCALE", {2: narrow, 4: wide})
-    monkeypatch.setattr(fold, "FORWARD", wide)
-    monkeypatch.setattr(fold_bwd, "TILE_BACKWARD", wide)
+        monkeypatch.setattr(logprobs, name, tiles)
+    for name in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(divergence, name, tiles)
+    monkeypatch.setattr(scale, "SCALE", tiles)
     return torch.device("cpu")
 
 

@@ -8,7 +8,7 @@ every address that is loaded or stored must lie within a tensor that the kernel 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,19 @@ def _extent(tensor: Any) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Any]:
+    """The tensors among the arguments, also those in tuples of any depth."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _tensors(value)
+        elif hasattr(value, "data_ptr"):
+            yield value
+
+
 def _launch(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _extents[:] = [_extent(value) for value in (*args, *kwargs.values()) if hasattr(value, "data_ptr")]
+        _extents[:] = [_extent(value) for value in _tensors((*args, *kwargs.values()))]
         with np.errstate(all="ignore"):  # as a GPU: infinities and NaN without a word
             return method(self, *args, **kwargs)
 
@@ -164,7 +173,7 @@ def _access(method: Callable[..., Any]) -> Callable[..., Any]:
 def _restore(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, args: Any, args_host: Any, kwargs: Any, kwargs_host: Any) -> None:
-        if any(getattr(value, "is_cuda", False) for value in (*args, *kwargs.values())):
+        if any(value.is_cuda for value in _tensors((*args, *kwargs.values()))):
             method(self, args, args_host, kwargs, kwargs_host)
 
     return call

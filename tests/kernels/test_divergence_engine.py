@@ -9,8 +9,8 @@ import torch
 
 import prefkern as pk
 from prefkern import operators, testing
-from prefkern.products import count_products
-from prefkern.types import LogitForm
+from prefkern.head.engine.products import count_products
+from prefkern.kernels.interface import Logits
 
 N, H, REF_H, V = 13, 16, 12, 301
 KINDS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -23,8 +23,8 @@ KINDS: dict[str, tuple[float, dict[str, Any]]] = {
 @pytest.fixture
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
-        module = importlib.import_module("prefkern.kernels.divergence")
-        monkeypatch.setattr(operators, "kernels_for", lambda like, name, plain: module)
+        module = importlib.import_module("prefkern.kernels.triton.divergence")
+        monkeypatch.setattr(operators, "implementation", lambda like, name, plain: module)
     return device
 
 
@@ -42,7 +42,7 @@ def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.devi
 def test_head(kernels: torch.device, dtype: torch.dtype, rows: int | None, kind: str) -> None:
     case = testing.divergence_case(N, H, REF_H, V, dtype=dtype, bias=True, masked=0.05, device=kernels)
     temperature = torch.linspace(0.6, 1.4, N).to(kernels)
-    form, ref_form = LogitForm(None, 1.2, 6.0, temperature), LogitForm(None, 0.8, 9.0, 1.1)
+    form, ref_form = Logits(None, 1.2, 6.0, temperature), Logits(None, 0.8, 9.0, 1.1)
     beta, options = KINDS[kind]
     options = options | {"temperature": temperature, "softcap": 6.0, "logit_scale": 1.2}
     options |= {"ref_temperature": 1.1, "ref_softcap": 9.0, "ref_logit_scale": 0.8}
@@ -77,7 +77,7 @@ def test_logits(kernels: torch.device, dtype: torch.dtype) -> None:
     got = pk.kl_divergence(logits, two.logits, one.targets, temperature=0.7, direction="reverse")
     g = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(kernels)
     (grad,) = torch.autograd.grad(got, logits, g)
-    form = LogitForm(temperature=0.7)
+    form = Logits(temperature=0.7)
     oracle = {"beta": 1.0, "scored": one.targets != testing.IGNORE, "form": form, "ref_form": form}
     want = testing.divergence_from_logits(one.logits, two.logits, **oracle)
     assert (got.double() - want).abs().max().item() <= 1e-5

@@ -5,63 +5,53 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import ROWS
+from cases import FLOAT, ROWS, guarded
 from torch import Tensor
 
 from prefkern import testing
-from prefkern.types import DivergenceRows, LogitForm
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, Logits, TilePair
 
-FLOAT = torch.float32
 BETAS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.3}
 PEAK = 2.0**14
 
 
-class Case(NamedTuple):
-    """Two tiles, which rows count, and how logits are made of the tiles."""
-
-    tile: Tensor
-    ref_tile: Tensor
-    scored: Tensor | None
-    form: LogitForm
-    ref_form: LogitForm
-
-    @property
-    def oracle(self) -> dict[str, Any]:
-        return {"scored": self.scored, "form": self.form, "ref_form": self.ref_form}
-
-
 def case_of(
     name: str, device: torch.device, columns: int, rows: int = ROWS, dtype: torch.dtype = FLOAT, ignored: float = 0.2
-) -> Case:
+) -> TilePair:
     """``plain``, or ``all``: bias, scale, softcap and a temperature per row of both heads, each its own."""
     one = testing.logit_case(rows, columns, device=device, dtype=dtype, ignored=ignored)
     two = testing.logit_case(rows, columns, device=device, dtype=dtype, seed=1)
     scored = one.targets != testing.IGNORE if ignored else None
     if name == "plain":
-        return Case(one.logits, two.logits, scored, LogitForm(), LogitForm())
+        return TilePair(one.logits, two.logits, scored, Logits(), Logits())
     bias, ref_bias = torch.randn(2, columns, generator=torch.Generator().manual_seed(2)).to(device)
     temperature = torch.linspace(0.5, 1.7, rows).to(device)
-    form = LogitForm(bias, 0.8, 5.0, temperature)
-    return Case(one.logits, two.logits, scored, form, LogitForm(ref_bias, 1.3, 7.0, temperature.flip(0).contiguous()))
+    form = Logits(bias, 0.8, 5.0, temperature)
+    return TilePair(one.logits, two.logits, scored, form, Logits(ref_bias, 1.3, 7.0, temperature.flip(0).contiguous()))
 
 
 class Folded(NamedTuple):
     divergence: Tensor
     entropy: Tensor | None
-    rows: DivergenceRows
+    stats: DivergenceStats
     held: Tensor | None
 
 
-def _guarded(form: LogitForm, guard: testing.Guards) -> LogitForm:
-    temperature = guard(form.temperature) if isinstance(form.temperature, Tensor) else form.temperature
-    return form._replace(bias=guard(form.bias), temperature=temperature)
+def _guarded(case: TilePair, guard: testing.Guards, row_gap: int, ref_row_gap: int) -> TilePair:
+    tiles = guard(case.tile, row_gap=row_gap), guard(case.ref_tile, row_gap=ref_row_gap)
+    return TilePair(*tiles, guard(case.scored), guarded(case.logits, guard), guarded(case.ref_logits, guard))
 
 
 def fold(
-    case: Case, beta: float, held_dtype: torch.dtype | None = FLOAT, *, entropy: bool = True, peak: float | None = None
+    case: TilePair,
+    beta: float,
+    held_dtype: torch.dtype | None = FLOAT,
+    *,
+    entropy: bool = True,
+    peak: float | None = None,
 ) -> Folded:
     """`tile_fwd` behind guards, with gaps between the rows."""
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     guard = testing.Guards()
     N, device = len(case.tile), case.tile.device
@@ -69,72 +59,58 @@ def fold(
     def new() -> Tensor:
         return guard(testing.poisoned(N, dtype=FLOAT, device=device))
 
-    rows = DivergenceRows(new(), new(), new(), new(), new())
     held = None
     if held_dtype is not None:
         held = guard(testing.poisoned(*case.tile.shape, dtype=held_dtype, device=device), row_gap=3)
-    out = Folded(new(), new() if entropy else None, rows, held)
-    kernels.tile_fwd(
-        guard(case.tile, row_gap=5),
-        guard(case.ref_tile, row_gap=7),
-        guard(case.scored),
-        *out,
-        form=_guarded(case.form, guard),
-        ref_form=_guarded(case.ref_form, guard),
-        beta=beta,
-        peak=peak,
-    )
+    results = DivergenceResults(new(), new() if entropy else None, DivergenceStats._make(new() for _ in range(5)))
+    kernels.tile_fwd(_guarded(case, guard, 5, 7), results, held, beta=beta, peak=peak)
     guard.check()
-    return out
+    return Folded(*results, held)
 
 
 def tile_bwd(
-    case: Case,
-    rows: DivergenceRows,
+    case: TilePair,
+    stats: DivergenceStats,
     beta: float,
     c: Tensor | None = None,
     dtype: torch.dtype = FLOAT,
     *,
     peak: float | None = None,
 ) -> Tensor:
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     guard = testing.Guards()
     out = guard(testing.poisoned(*case.tile.shape, dtype=dtype, device=case.tile.device), row_gap=4)
-    kernels.tile_bwd(
-        guard(case.tile, row_gap=2),
-        guard(case.ref_tile, row_gap=1),
-        guard(case.scored),
-        DivergenceRows._make(map(guard, rows)),
-        guard(c),
-        out,
-        form=_guarded(case.form, guard),
-        ref_form=_guarded(case.ref_form, guard),
-        beta=beta,
-        peak=peak,
-    )
+    given = DivergenceStats._make(map(guard, stats))
+    kernels.tile_bwd(_guarded(case, guard, 2, 1), given, guard(c), out, beta=beta, peak=peak)
     guard.check()
     return out
 
 
-def unscaled(case: Case, beta: float, factor: Tensor | None = None, out: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:
+def oracle(case: TilePair) -> dict[str, Any]:
+    return {"scored": case.scored, "form": case.logits, "ref_form": case.ref_logits}
+
+
+def unscaled(
+    case: TilePair, beta: float, factor: Tensor | None = None, out: torch.dtype = FLOAT
+) -> tuple[Tensor, Tensor]:
     """``u`` in float64, and by float32 rounded to ``out``; times a row's factor."""
     scale = 1.0 if factor is None else factor[:, None].double()
-    want = testing.unscaled_divergence(case.tile, case.ref_tile, beta=beta, **case.oracle) * scale
-    eager = testing.unscaled_divergence(case.tile, case.ref_tile, beta=beta, dtype=FLOAT, **case.oracle) * scale
+    want = testing.unscaled_divergence(case.tile, case.ref_tile, beta=beta, **oracle(case)) * scale
+    eager = testing.unscaled_divergence(case.tile, case.ref_tile, beta=beta, dtype=FLOAT, **oracle(case)) * scale
     return want, eager.to(out)
 
 
-def assert_values(got: Folded, case: Case, beta: float) -> None:
+def assert_values(got: Folded, case: TilePair, beta: float) -> None:
     wide = [
-        testing.divergence_from_logits(*case[:2], beta=beta, dtype=d, **case.oracle) for d in (torch.float64, FLOAT)
+        testing.divergence_from_logits(*case[:2], beta=beta, dtype=d, **oracle(case)) for d in (torch.float64, FLOAT)
     ]
     testing.assert_not_worse(got.divergence, *wide, name="divergence")
     if got.entropy is not None:
         none = torch.zeros(len(case.tile), dtype=torch.int64, device=case.tile.device)
         if case.scored is not None:
             none = none.masked_fill(~case.scored, testing.IGNORE)
-        options = case.form._asdict()
+        options = case.logits._asdict()
         wide = [testing.stats_from_logits(case.tile, none, dtype=d, **options).entropy for d in (torch.float64, FLOAT)]
         testing.assert_not_worse(got.entropy, *wide, name="entropy")
 
@@ -156,9 +132,9 @@ def test_forward_and_recomputed_gradient(
     cut = columns // 2 + 1
     parts = []
     for part in (slice(0, cut), slice(cut, columns)):
-        forms = [form._replace(bias=None if form.bias is None else form.bias[part]) for form in case[3:]]
-        some = Case(case.tile[:, part], case.ref_tile[:, part], case.scored, *forms)
-        parts.append(tile_bwd(some, got.rows, beta, c, dtype))
+        forms = [form.columns(part) for form in case[3:]]
+        some = TilePair(case.tile[:, part], case.ref_tile[:, part], case.scored, *forms)
+        parts.append(tile_bwd(some, got.stats, beta, c, dtype))
     testing.assert_not_worse(torch.cat(parts, 1), *unscaled(case, beta, c, dtype), name="c u")
 
 
@@ -170,7 +146,7 @@ def test_16_bit_logits(dtypes: tuple[torch.dtype, ...], kind: str, device: torch
     got = fold(case, beta, None, entropy=False)
     assert_values(got, case, beta)
     testing.assert_not_worse(
-        tile_bwd(case, got.rows, beta, dtype=dtypes[0]), *unscaled(case, beta, out=dtypes[0]), name="u"
+        tile_bwd(case, got.stats, beta, dtype=dtypes[0]), *unscaled(case, beta, out=dtypes[0]), name="u"
     )
 
 
@@ -199,7 +175,7 @@ def test_special_rows(kind: str, device: torch.device, columns: int) -> None:
     assert got.divergence[9] == 0
     want, eager = unscaled(case, beta)
     assert got.held is not None
-    for value in (got.held, tile_bwd(case, got.rows, beta)):
+    for value in (got.held, tile_bwd(case, got.stats, beta)):
         testing.assert_not_worse(value, want, eager, name="u")
     assert (got.held[0, 5:9] == 0).all()
 
@@ -213,15 +189,15 @@ def test_ignored_rows_are_zero_and_not_read(kind: str, device: torch.device, col
     nan = ignored[:, None]
     temperatures = [form.temperature.masked_fill(ignored, math.nan) for form in case[3:]]
     forms = [form._replace(temperature=t) for form, t in zip(case[3:], temperatures, strict=True)]
-    case = Case(case.tile.masked_fill(nan, math.nan), case.ref_tile.masked_fill(nan, math.nan), case.scored, *forms)
+    case = TilePair(case.tile.masked_fill(nan, math.nan), case.ref_tile.masked_fill(nan, math.nan), case.scored, *forms)
     got = fold(case, beta)
-    for value in (got.divergence, got.entropy, got.held, *got.rows):
+    for value in (got.divergence, got.entropy, got.held, *got.stats):
         assert not value[ignored].any()
         assert value[~ignored].isfinite().all()
-    for value in got.rows:
+    for value in got.stats:
         value[ignored] = math.nan  # nor are their statistics
     c = torch.ones(ROWS, device=device).masked_fill(ignored, math.nan)
-    out = tile_bwd(case, got.rows, beta, c)
+    out = tile_bwd(case, got.stats, beta, c)
     assert not out[ignored].any()
     assert out[~ignored].isfinite().all()
 
@@ -233,12 +209,12 @@ def test_float16_is_held_times_peak_over_the_bound(kind: str, device: torch.devi
     far = case._replace(tile=case.tile * 30.0)  # divergences of 100
     for tiles in (near, far):
         got = fold(tiles, beta, torch.float16, peak=PEAK)
-        factor = PEAK / got.rows.bound(beta)
+        factor = PEAK / got.stats.bound(beta)
         want, eager = unscaled(tiles, beta, factor, torch.float16)
         assert want.abs().amax() <= PEAK
         assert got.held is not None
         testing.assert_not_worse(got.held, want, eager, name="u")
-        again = tile_bwd(tiles, got.rows, beta, None, torch.float16, peak=PEAK)
+        again = tile_bwd(tiles, got.stats, beta, None, torch.float16, peak=PEAK)
         testing.assert_not_worse(again, want, eager, name="again")
 
 
@@ -248,7 +224,7 @@ def test_a_common_offset_costs_nothing(kind: str, device: torch.device, columns:
     ramp = torch.arange(columns, device=device) / 16.0
     tile = torch.stack([ramp, ramp.flip(0), ramp.sin() * 4]).mul(64).round().div(64)
     ref_tile = torch.stack([ramp.flip(0), ramp, ramp.cos() * 4]).mul(64).round().div(64)
-    case = Case(tile, ref_tile, None, LogitForm(), LogitForm(temperature=0.7))
+    case = TilePair(tile, ref_tile, None, Logits(), Logits(temperature=0.7))
     plain, moved = (
         fold(case, BETAS[kind]),
         fold(case._replace(tile=tile + 2**14, ref_tile=ref_tile - 2**14), BETAS[kind]),
@@ -268,15 +244,15 @@ def test_small_and_exact_shapes(shape: tuple[int, int], kind: str, device: torch
     want, eager = unscaled(case, beta)
     assert got.held is not None
     testing.assert_not_worse(got.held, want, eager, name="u")
-    testing.assert_not_worse(tile_bwd(case, got.rows, beta), want, eager, name="tile_bwd")
+    testing.assert_not_worse(tile_bwd(case, got.stats, beta), want, eager, name="tile_bwd")
 
 
 @pytest.mark.parametrize("kind", BETAS)
 def test_confident_rows_at_a_low_temperature(kind: str, device: torch.device, columns: int) -> None:
     """Log-probabilities of -600: the gradient cannot be nearer than a few roundings of such a number."""
     case, beta = case_of("plain", device, columns), BETAS[kind]
-    form = LogitForm(temperature=0.05)
-    case = case._replace(tile=case.tile * 5, form=form, ref_form=form)
+    form = Logits(temperature=0.05)
+    case = case._replace(tile=case.tile * 5, logits=form, ref_logits=form)
     got = fold(case, beta, entropy=False)
     assert_values(got, case, beta)
     assert got.held is not None
@@ -286,7 +262,7 @@ def test_confident_rows_at_a_low_temperature(kind: str, device: torch.device, co
 
 def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     stride = 2**30 + 24
 
@@ -299,42 +275,46 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     tile.copy_(case.tile)
     ref_tile.copy_(case.ref_tile)
     near = fold(case, 1.0, torch.bfloat16, entropy=False)
-    divergence = torch.empty(3, device=device)
-    rows = DivergenceRows._make(torch.empty(5, 3, device=device).unbind(0))
-    options = {"form": case.form, "ref_form": case.ref_form, "beta": 1.0, "peak": None}
-    kernels.tile_fwd(tile, ref_tile, None, divergence, None, rows, held, **options)
-    assert all(map(torch.equal, (divergence, held, *rows), (near.divergence, near.held, *near.rows)))
-    kernels.tile_bwd(tile, ref_tile, None, rows, None, out, **options)
-    assert torch.equal(out, tile_bwd(case, near.rows, 1.0, None, torch.bfloat16))
+    pair = case._replace(tile=tile, ref_tile=ref_tile)
+    stats = DivergenceStats._make(torch.empty(5, 3, device=device).unbind(0))
+    results = DivergenceResults(torch.empty(3, device=device), None, stats)
+    kernels.tile_fwd(pair, results, held, beta=1.0, peak=None)
+    got, want = (results.divergence, held, *stats), (near.divergence, near.held, *near.stats)
+    assert all(map(torch.equal, got, want))
+    kernels.tile_bwd(pair, stats, None, out, beta=1.0, peak=None)
+    assert torch.equal(out, tile_bwd(case, near.stats, 1.0, None, torch.bfloat16))
 
 
 def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
-    from prefkern.kernels import divergence as kernels
-    from prefkern.kernels import divergence_bwd
+    from prefkern.kernels.triton import divergence as kernels
 
-    grids = spied(kernels, "_divergence_fwd_kernel")
-    spied(divergence_bwd, "_divergence_bwd_kernel")
+    grids = spied(kernels, "_divergence_fwd_kernel", "_divergence_bwd_kernel")
     N = 70_000
     tile, row = torch.zeros(1, 8, device=device).expand(N, 8), torch.zeros(N, device=device)
-    rows = DivergenceRows(row, row, row, row, row)
-    options = {"form": LogitForm(), "ref_form": LogitForm(), "beta": 0.0, "peak": None}
-    kernels.tile_fwd(tile, tile, None, row, None, rows, None, **options)
-    kernels.tile_bwd(tile, tile, None, rows, None, tile, **options)
+    pair, stats = TilePair(tile, tile, None, Logits(), Logits()), DivergenceStats(row, row, row, row, row)
+    kernels.tile_fwd(pair, DivergenceResults(row, None, stats), None, beta=0.0, peak=None)
+    kernels.tile_bwd(pair, stats, None, tile, beta=0.0, peak=None)
     assert grids == [(N,)] * 2
 
 
 def test_columns_must_be_contiguous(device: torch.device) -> None:
-    from prefkern.kernels import divergence as kernels
+    from prefkern.kernels.triton import divergence as kernels
 
     good, row = torch.zeros(4, 6, device=device), torch.zeros(4, device=device)
     bad = torch.zeros(6, 4, device=device).T
-    rows = DivergenceRows(row, row, row, row, row)
-    options = {"form": LogitForm(), "ref_form": LogitForm(), "beta": 0.0, "peak": None}
-    with pytest.raises(ValueError, match=r"prefkern\.kernels\.divergence\.tile_fwd: held must have a unit stride"):
-        kernels.tile_fwd(good, good, None, row, None, rows, bad, **options)
-    with pytest.raises(ValueError, match=r"prefkern\.kernels\.divergence\.tile_fwd: ref_tile must have a unit stride"):
-        kernels.tile_fwd(good, bad, None, row, None, rows, None, **options)
-    with pytest.raises(ValueError, match=r"prefkern\.kernels\.divergence\.tile_bwd: out must have a unit stride"):
-        kernels.tile_bwd(good, good, None, rows, None, bad, **options)
+    two = torch.zeros(4, 2, device=device)[:, 0]
+    pair, stats = TilePair(good, good, None, Logits(), Logits()), DivergenceStats(row, row, row, row, row)
+    results, plain = DivergenceResults(row, None, stats), {"beta": 0.0, "peak": None}
+    where = r"prefkern\.kernels\.divergence\."
+    with pytest.raises(ValueError, match=where + "tile_fwd: held must have a unit stride"):
+        kernels.tile_fwd(pair, results, bad, **plain)
+    with pytest.raises(ValueError, match=where + "tile_fwd: ref_tile must have a unit stride"):
+        kernels.tile_fwd(pair._replace(ref_tile=bad), results, None, **plain)
+    with pytest.raises(ValueError, match=where + "tile_fwd: ref_bias must have a unit stride"):
+        kernels.tile_fwd(pair._replace(ref_logits=Logits(bad[0])), results, None, **plain)
+    with pytest.raises(ValueError, match=where + "tile_fwd: center must have a unit stride"):
+        kernels.tile_fwd(pair, results._replace(stats=stats._replace(center=two)), None, **plain)
+    with pytest.raises(ValueError, match=where + "tile_bwd: out must have a unit stride"):
+        kernels.tile_bwd(pair, stats, None, bad, **plain)
     assert kernels.IN_PLACE is False

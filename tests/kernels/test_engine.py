@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import operators, plan, testing
-from prefkern.logprobs import bounded_token_logprobs
-from prefkern.products import count_products
+from prefkern import operators, testing
+from prefkern.head import costs
+from prefkern.head.engine.products import count_products
+from prefkern.head.inputs import Head
+from prefkern.head.logprobs import token_stats
 
 N, H, V = 37, 16, 1100
 OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -28,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
         monkeypatch.setattr(
-            operators, "kernels_for", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}")
+            operators,
+            "implementation",
+            lambda like, name, plain: importlib.import_module(f"prefkern.kernels.triton.{name}"),
         )
     return device
 
@@ -77,7 +81,8 @@ def test_scoring_by_slices_of_the_vocabulary(kernels: torch.device, form: str) -
     case = testing.head_case(9, H, V, dtype=torch.bfloat16, bias=True, masked=0.05, device=kernels)
     options = {k: v[:9] if isinstance(v, torch.Tensor) else v for k, v in on(kernels, FORMS[form]).items()}
     with testing.poison_empty():
-        got = bounded_token_logprobs(*case[:2], case.targets, 1024, bias=case.bias, outputs=OUTPUTS, **options)
+        head = Head(bias=case.bias, **options)
+        got = token_stats("a test", *case[:2], case.targets, head, OUTPUTS, scratch_bytes=1024)
     want = testing.stats_from_hidden(*case[:2], case.targets, bias=case.bias, **options)
     for name in OUTPUTS[:3]:
         torch.testing.assert_close(getattr(got, name).double(), getattr(want, name), rtol=0, atol=1e-5, msg=name)
@@ -163,7 +168,7 @@ def test_peak_memory_is_what_the_plan_says(rows: int | None) -> None:
     hidden = case.hidden.requires_grad_()
     weight = torch.randn(v, h, device="cuda", dtype=torch.bfloat16).requires_grad_()
     memory = None if rows is None else rows * v * 2
-    predicted = plan.choose(plan.Head(n, h, v, 2, 2, 2), memory)
+    predicted = costs.choose(costs.Call(n, h, v, 2, 2, 2), memory)
 
     def step() -> None:
         pk.linear_token_logprobs(hidden, weight, case.targets, max_memory=memory).logps.sum().backward()

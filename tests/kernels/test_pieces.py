@@ -1,16 +1,15 @@
 """The benchmark's row pieces call the kernels as they are, find them right, and do not time them when they are not."""
 
-import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from prefkern.benchmark.measure import Budget
-from prefkern.benchmark.operands import Shape
-from prefkern.benchmark.pieces import fold_kernels, row_kernels
+from prefkern.commands.benchmark.head.operands import Shape
+from prefkern.commands.benchmark.head.pieces import fold_kernels, row_kernels
+from prefkern.commands.benchmark.measure import Budget
 
-MEASURES = {"rowwise": row_kernels, "fold": fold_kernels}
+MEASURES = {"rows of logits": row_kernels, "fold": fold_kernels}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -19,10 +18,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_the_kernels_are_right_and_so_are_timed(
     name: str, dtype: torch.dtype, device: torch.device, columns: int
 ) -> None:
-    kernels = importlib.import_module(f"prefkern.kernels.{name}")
+    from prefkern.kernels.triton import logprobs as kernels
+
     budget = Budget(None if device.type == "cuda" else 0.0)
     found = list(MEASURES[name](kernels, Shape(3, 1, columns), dtype, device, budget))
-    assert len(found) == {"rowwise": 2, "fold": 3}[name]
+    assert len(found) == {"rows of logits": 2, "fold": 3}[name]
     for piece in found:
         assert piece.error < max(torch.finfo(dtype).eps, 1e-5)
         assert piece.note == ("" if device.type == "cuda" else "not timed: out of time")
@@ -30,13 +30,12 @@ def test_the_kernels_are_right_and_so_are_timed(
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_kernel_that_is_wrong_is_not_timed(name: str, device: torch.device, columns: int) -> None:
-    kernels = importlib.import_module(f"prefkern.kernels.{name}")
-    forward = getattr(kernels, "logprobs_fwd" if name == "rowwise" else "tile_fwd")
+    from prefkern.kernels.triton import logprobs as kernels
 
     def wrong(tile, *rest, **options):
-        return forward(tile.flip(0), *rest, **options)
+        return kernels.tile_fwd(tile.flip(0), *rest, **options)
 
-    broken = SimpleNamespace(**{**vars(kernels), forward.__name__: wrong})
+    broken = SimpleNamespace(**{**vars(kernels), "tile_fwd": wrong})
     piece = next(iter(MEASURES[name](broken, Shape(3, 1, columns), torch.float32, device, Budget(None))))
     assert piece.time is None
     assert "exceeds" in piece.note

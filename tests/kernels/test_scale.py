@@ -15,7 +15,7 @@ N = 11
 
 def scale_rows(x: Tensor, row: Tensor, dtype: torch.dtype, post: Tensor | None = None, other: Any = None) -> Tensor:
     """The kernel behind guards, with gaps between the rows, into poison."""
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     guard = testing.Guards()
     out = guard(testing.poisoned(*x.shape, dtype=dtype, device=x.device), row_gap=3)
@@ -65,7 +65,7 @@ def test_widths_at_the_edges_of_a_tile(width: int, device: torch.device) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_in_place(dtype: torch.dtype, device: torch.device, columns: int) -> None:
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     x, row = operands(columns, dtype, device)
     want = exact(x, row, wide=FLOAT).to(dtype)
@@ -104,7 +104,7 @@ def test_a_nan_or_infinite_factor_shows(device: torch.device, columns: int) -> N
 
 
 def test_one_factor_for_all_rows(device: torch.device, columns: int) -> None:
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     x, _ = operands(columns, torch.bfloat16, device)
     factor = torch.tensor(0.3, device=device)
@@ -118,7 +118,7 @@ def test_one_factor_for_all_rows(device: torch.device, columns: int) -> None:
 
 
 def test_wide_and_strided_operands(device: torch.device) -> None:
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     x, row = operands(N, FLOAT, device)
     out = torch.empty(N, N, device=device)
@@ -134,7 +134,7 @@ def test_wide_and_strided_operands(device: torch.device) -> None:
 
 def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
     """The last row begins after 2^31 elements, though its number and the stride fit in 32 bits."""
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     def far() -> Tensor:
         stride = 2**30 + 8
@@ -151,7 +151,7 @@ def test_offsets_beyond_32_bits(device: torch.device, columns: int) -> None:
 
 def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any) -> None:
     """The others end at 65535."""
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     grids = spied(kernels, "_scale_rows_kernel")
     x = torch.zeros(1, 8, device=device).expand(70_000, 8)
@@ -163,7 +163,7 @@ def test_rows_lie_on_the_first_axis_of_the_grid(device: torch.device, spied: Any
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_plain_torch_is_the_same(dtype: torch.dtype, other: bool, device: torch.device, columns: int) -> None:
     """What a CPU runs, in the same cases: rows that are not read, a power of two, float64 operands."""
-    from prefkern import reference
+    from prefkern.kernels.reference import logprobs
 
     x, row = operands(columns, dtype, device)
     second = (x.flip(0), row.flip(0)) if other else None
@@ -173,7 +173,7 @@ def test_plain_torch_is_the_same(dtype: torch.dtype, other: bool, device: torch.
         second = second[0], second[1].masked_fill(torch.arange(N, device=device) == 5, 0.0)
     post = torch.tensor(0.25, device=device)
     out = torch.full_like(x, float("nan"))
-    reference.scale_rows(x, row, out, post=post, other=second)
+    logprobs.scale_rows(x, row, out, post=post, other=second)
     if not other:
         assert torch.equal(out, scale_rows(x, row, dtype, post))
     want = exact(x, row, post, second).nan_to_num()
@@ -183,7 +183,7 @@ def test_plain_torch_is_the_same(dtype: torch.dtype, other: bool, device: torch.
 
 @pytest.mark.gpu
 def test_new_numbers_compile_nothing_new() -> None:
-    from prefkern.kernels import scale as kernels
+    from prefkern.kernels.triton import scale as kernels
 
     compiled = []
     for i, width in enumerate((320, 336, 4096, 9600)):

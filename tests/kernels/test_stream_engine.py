@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import prefkern as pk
-from prefkern import operators, stream, testing
-from prefkern.products import count_products
+from prefkern import operators, testing
+from prefkern.head.engine import one_pass
+from prefkern.head.engine.products import count_products
 
 N, H, V = 37, 16, 600
 
@@ -16,7 +17,9 @@ N, H, V = 37, 16, 600
 def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if device.type == "cpu":
         monkeypatch.setattr(
-            operators, "kernels_for", lambda like, name: importlib.import_module(f"prefkern.kernels.{name}")
+            operators,
+            "implementation",
+            lambda like, name, plain: importlib.import_module(f"prefkern.kernels.triton.{name}"),
         )
     return device
 
@@ -34,7 +37,7 @@ def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.devi
 def test_cross_entropy(
     kernels: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tiling: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(stream, "tiling", lambda *sizes: stream.Tiling(*tiling))
+    monkeypatch.setattr(one_pass, "tiling", lambda *sizes: one_pass.Tiling(*tiling))
     case = testing.head_case(N, H, V, dtype=dtype, bias=True, masked=0.05, device=kernels)
     options = {"softcap": 6.0, "logit_scale": 1.2, "temperature": torch.linspace(0.5, 1.5, N).to(kernels)}
     leaves = [value.clone().requires_grad_() for value in case[:3]]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.losses import dpo_loss, linear_cross_entropy, linear_dpo_loss, pair_logps
+from prefkern.head.logprobs import linear_token_logprobs
+from prefkern.losses import dpo_loss, linear_cross_entropy, linear_dpo_loss, pair_logps, wpo_weights
 
 R, T, H, V, K = 4, 6, 8, 11, 5
 HEAD = {
@@ -64,6 +64,10 @@ REF = {"ref_logps": None, "ref_hidden": torch.zeros(R, T, H), "ref_weight": torc
         {},
         {"loss_type": "ipo", "ld_alpha": 0.3, "reduction": "none", "weights": torch.tensor([2.0, 0.5])},
         {"loss_type": "hinge", "ld_alpha": 0.0},
+        {"loss_type": ["exo_pair", "sft"], "loss_weights": [0.8, 0.3], "label_smoothing": 0.1, "ld_alpha": 0.3},
+        {"loss_type": "robust", "label_smoothing": 0.2, "use_weighting": True, "margin": torch.tensor([0.5, 0.1])},
+        {"loss_type": "aot", "beta": 0.7},
+        {"loss_type": "nca_pair", "use_weighting": True, "weights": torch.tensor([2.0, 0.5])},
         {"beta": 0.4, "label_smoothing": 0.1, "metrics": False},
     ],
 )
@@ -73,9 +77,14 @@ def test_linear_dpo(head, options, reference) -> None:
     hidden, weight, targets = case["hidden"], case["weight"], case["targets"]
     rest = dict(options)
     ld_alpha = rest.pop("ld_alpha", None)
-    policy = pair_logps(
-        linear_token_logprobs(hidden, weight, targets, **policy_head).logps, targets=targets, ld_alpha=ld_alpha
-    )
+    outputs = ("logps", "log_sum_sq_probs")
+    stats = linear_token_logprobs(hidden, weight, targets, **policy_head, outputs=outputs)
+    policy = pair_logps(stats.logps, targets=targets, ld_alpha=ld_alpha)
+    if rest.pop("use_weighting", False):
+        own = wpo_weights(stats.logps, stats.log_sum_sq_probs, targets=targets)
+        rest["weights"] = own * rest.get("weights", 1.0)
+    if "sft" in rest.get("loss_type", ()):  # of whole answers, whatever ld_alpha discounts
+        rest["chosen_nll"] = -stats.logps[: R // 2][targets[: R // 2] != -100].mean()
     ref = linear_token_logprobs(case["ref_hidden"], case["ref_weight"], targets, **ref_head).logps
     ref = pair_logps(ref, targets=targets, ld_alpha=ld_alpha)
     lengths = {"chosen_lengths": policy.chosen_lengths, "rejected_lengths": policy.rejected_lengths}
@@ -165,6 +174,22 @@ def test_linear_cross_entropy(head, options) -> None:
     assert got.metrics["mean_token_accuracy"].item() == pytest.approx(accuracy.item())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("head", HEAD)
+def test_dft_weighs_every_token_by_its_probability(head, reduction) -> None:
+    """-sg[p] lp, which token weights multiply too."""
+    case = inputs()
+    policy_head, _ = split(case, HEAD[head])
+    hidden, weight, targets = case["hidden"], case["weight"], case["targets"]
+    stats = linear_token_logprobs(hidden, weight, targets, **policy_head)
+    scored, weights = targets != -100, torch.rand(R, T).double()
+    per_token = torch.where(scored, -weights * stats.logps.detach().exp() * stats.logps, 0.0)
+    want = {"sum": per_token.sum(), "none": per_token, "mean": per_token.sum() / scored.sum()}[reduction]
+    options = {"dft": True, "reduction": reduction, "token_weights": weights}
+    got = linear_cross_entropy(hidden, weight, targets, **options, **policy_head)
+    assert_equal(got.loss, want, leaves(case, HEAD[head]))
+
+
 def test_token_weights_get_no_gradient_and_never_change_the_count() -> None:
     case = inputs()
     weights = torch.full((R, T), 2.0, dtype=torch.float64, requires_grad=True)
@@ -217,7 +242,7 @@ def test_nothing_scored_is_zero_with_zero_gradients() -> None:
         ),
         ({"ref_hidden": torch.zeros(R, T, H)}, ValueError, "the reference must be either"),
         ({"weights": torch.zeros(4)}, ValueError, r"weights must have shape \(2,\)"),
-        ({"loss_type": "bco_pair"}, ValueError, "loss_type must be one of"),
+        ({"loss_type": "bogus"}, ValueError, "loss_type must be one of"),
         ({"cu_seqlens": torch.tensor([0, 1, 2])}, ValueError, r"targets must be packed \[N\], as cu_seqlens is given"),
         ({"targets": torch.zeros(R, T, 2, dtype=torch.long)}, ValueError, r"targets must be padded \[B, T\] or packed"),
         (

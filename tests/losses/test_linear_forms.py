@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from prefkern import losses
-from prefkern.logprobs import linear_token_logprobs
+from prefkern.head.engine.products import count_products
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.losses import (
     cpo_loss,
     kto_loss,
@@ -19,7 +20,7 @@ from prefkern.losses import (
     ppo_loss,
     sequence_logps,
 )
-from prefkern.products import count_products
+from prefkern.losses.cpo import AVERAGED
 from prefkern.types import LossOutput
 
 R, T, H, V, K = 4, 6, 8, 11, 5
@@ -156,7 +157,8 @@ def test_linear_orpo(head, packed, reference, options, nll) -> None:
     "options",
     [
         {},
-        {"loss_type": "simpo", "beta": 0.4, "label_smoothing": 0.1, "cpo_alpha": 0.3, "simpo_gamma": 0.7},
+        {"loss_type": "cpo_simpo", "beta": 0.4, "label_smoothing": 0.1, "cpo_alpha": 0.3, "simpo_gamma": 0.7},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.2},
         {"loss_type": "ipo", "alpha": 0.2, "reduction": "none", "metrics": False},
         {"loss_type": "hinge", "cpo_alpha": 0, "reduction": "sum"},
     ],
@@ -170,7 +172,7 @@ def test_linear_cpo(head, packed, reference, options, nll) -> None:
         targets=case.targets,
         cu_seqlens=case.cu,
         ignore_index=case.ignore,
-        average=options.get("loss_type") in ("ipo", "simpo"),
+        average=options.get("loss_type") in AVERAGED,
     )
     chosen = case.pick(torch.arange(R)[:, None].expand(R, T) < R // 2) & (nll_targets != case.ignore)
     want = cpo_loss(pairs.chosen, pairs.rejected, -case.stats(targets=nll_targets).logps[chosen].mean(), **options)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prefkern.head.engine.products import count_products
 from prefkern.losses import linear_loss, pair_logps
-from prefkern.products import count_products
 from prefkern.types import LossOutput, TokenStats
 
 R, T, H, V = 4, 6, 8, 11
@@ -106,6 +106,17 @@ REFUSED = {
     ),
     "rewrapped": (lambda s: torch.tensor(s.logps.sum().item()), ValueError, r"fn must return a loss with a graph"),
     "entropy": (lambda s: s.entropy.mean(), ValueError, ".*entropy has a gradient only with entropy_grad=True"),
+    "entropy beside": (
+        lambda s: -(s.logps.sum() + 10 * s.entropy.sum()),
+        ValueError,
+        r"the loss of fn depends on stats\.entropy, which has no gradient \(stats\.entropy has a gradient only with "
+        r"entropy_grad=True\): write stats\.entropy\.detach\(\) where it is a constant",
+    ),
+    "logit": (
+        lambda s: s.logps.sum() * s.mean_logit.mean(),
+        ValueError,
+        r"the loss of fn depends on stats\.mean_logit, which has no gradient: write stats\.mean_logit\.detach",
+    ),
     "list": (lambda s: (s.logps.sum(), [1]), TypeError, "the metrics of fn must be a dict of tensors, got list"),
     "number": (
         lambda s: (s.logps.sum(), {"a": 1.5}),
@@ -119,7 +130,30 @@ REFUSED = {
 def test_refused(name) -> None:
     fn, error, message = REFUSED[name]
     with pytest.raises(error, match=rf"^prefkern\.linear_loss: {message}"):
-        linear_loss(*case(), fn, outputs=("logps", "entropy"))
+        linear_loss(*case(), fn, outputs=("logps", "entropy", "mean_logit"))
+
+
+def test_statistics_without_a_gradient_serve_as_metrics_and_as_constants() -> None:
+    hidden, weight, targets = case()
+
+    def fn(stats: TokenStats) -> LossOutput:
+        entropy = stats.entropy
+        metrics = {"entropy": entropy.mean(), "sum": stats.entropy.sum()}
+        entropy.clamp_(max=1.5)  # fn may write into what it is handed
+        return LossOutput(-(entropy.detach() * stats.logps).sum(), metrics)
+
+    outputs = ("logps", "entropy", "is_top1", "log_sum_sq_probs")
+    got = linear_loss(hidden, weight, targets, fn, outputs=outputs)
+    with torch.no_grad():
+        want = linear_loss(hidden, weight, targets, fn, outputs=outputs)
+    torch.testing.assert_close(got.loss.detach(), want.loss, rtol=0, atol=0)
+    torch.testing.assert_close(got.metrics, want.metrics, rtol=0, atol=0)
+    assert not any(value.requires_grad for value in got.metrics.values())
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda h: linear_loss(h, weight, targets, fn, outputs=outputs).loss, fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(hidden), got.loss)
 
 
 def test_a_loss_in_place_of_a_function_is_refused() -> None:

@@ -130,3 +130,20 @@ def test_fully_masked_rows_are_zero_with_a_graph(average, bad) -> None:
     assert got.tolist() == [-1.0, 0.0]
     got.sum().backward()
     assert logps.grad.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_what_counts_tokens_needs_to_know_which_are_scored() -> None:
+    """Sums are right without, since padding is 0 there; a mean would be over the padding too."""
+    logps = torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])  # the last entries are padding
+    assert sequence_logps(logps).tolist() == [-3.0, -1.0]
+    assert pair_logps(logps).chosen.tolist() == [-3.0]
+    message = "counts the scored tokens of each row, and padding cannot be told from them: pass the targets"
+    with pytest.raises(ValueError, match=rf"^prefkern\.sequence_logps: average=True {message}"):
+        sequence_logps(logps, average=True)
+    with pytest.raises(ValueError, match=rf"^prefkern\.pair_logps: average=True {message}"):
+        pair_logps(logps, average=True)
+    with pytest.raises(ValueError, match=rf"^prefkern\.pair_logps: ld_alpha {message}"):
+        pair_logps(logps, ld_alpha=0.5)
+    assert sequence_logps(logps, mask=torch.ones(2, 4), average=True).tolist() == [-0.75, -0.25]
+    packed = pair_logps(logps[:, :2].flatten(), cu_seqlens=torch.tensor([0, 2, 4]), average=True, ld_alpha=1.0)
+    assert (packed.chosen.item(), packed.rejected.item()) == (-1.5, -0.5)

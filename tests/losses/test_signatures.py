@@ -1,282 +1,429 @@
-"""No signature drifts: linear forms follow from the loss and the waist, modules from the loss."""
+"""No signature drifts: every option is written once, and reaches what reads it."""
 
-import ast
 import inspect
+import math
 import re
-import sys
 import typing
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
-from prefkern import linear_kl_divergence, losses
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.losses import dpo_loss, linear_cross_entropy, linear_loss, pair_logps
-from prefkern.losses._head import Head
+import prefkern as pk
+from prefkern import linear_kl_divergence, linear_token_logprobs, losses
+from prefkern.head import inputs as head_inputs
+from prefkern.head.inputs import Head, Reference
+from prefkern.losses import cross_entropy, ppo
+from prefkern.losses.modules import _Loss
+from prefkern.options import fields, read, takes
 
-
-def options_of(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function, eval_str=True).parameters)
-
-
-WAIST = options_of(linear_token_logprobs)
-DECIDED_BY_THE_LOSS = {"outputs", "entropy_grad"}
-HEAD = ("hidden", "weight", "targets")
-DIVERGENCE = options_of(linear_kl_divergence)
-REFERENCE = ("ref_logps", "ref_hidden", "ref_weight", "ref_bias")
-REFERENCE_FORM = ("ref_temperature", "ref_logit_scale", "ref_softcap")  # as in linear_kl_divergence
+KINDS: dict[type, set[str]] = {}
+"""Every options class, with the public functions that take it."""
 
 
-class Form(NamedTuple):
-    """A linear form: its loss, the arguments of that loss that the head gives, and what the head's side adds."""
-
-    loss: str
-    from_head: set[str]
-    first: tuple[str, ...] = ()  # options of its own, before those of the loss
-    last: tuple[str, ...] = ()  # options of pair_logps, after those of the loss
+def parameters(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
 
 
-FORMS = {
-    "linear_cpo_loss": Form(
-        "cpo_loss", {"chosen_logps", "rejected_logps", "chosen_nll"}, first=("nll_targets",), last=("cu_seqlens",)
-    ),
-    "linear_dpo_loss": Form(
-        "dpo_loss",
-        {"chosen_logps", "rejected_logps", "ref_rejected_logps", "chosen_lengths", "rejected_lengths"},
-        last=("cu_seqlens", "ld_alpha"),
-    ),
-    "linear_kto_loss": Form("kto_loss", {"logps"}, last=("cu_seqlens",)),
-    "linear_orpo_loss": Form(
-        "orpo_loss",
-        {"chosen_avg_logps", "rejected_avg_logps", "chosen_nll"},
-        first=("nll_targets",),
-        last=("cu_seqlens",),
-    ),
-    "linear_ppo_loss": Form("ppo_loss", {"logps", "entropy"}),
-}
+def typed_dict(function: Callable[..., object]) -> type:
+    """The TypedDict that a function's ``**options`` are declared to be."""
+    (hint,) = typing.get_args(inspect.unwrap(function).__annotations__["options"])
+    return hint
 
 
-def assert_signature(
-    linear: Callable[..., object], own: dict[str, inspect.Parameter], positional: set[str] = frozenset()
-) -> None:
-    """hidden, weight, targets, the loss's own, then the waist's options: names, kinds, defaults and annotations."""
-    rest = {name: p for name, p in WAIST.items() if name not in {*HEAD, *DECIDED_BY_THE_LOSS}}
-    want = {**{name: WAIST[name] for name in HEAD}, **own, **rest}
-    got = options_of(linear)
-    assert list(got) == list(want)
-    for name, parameter in want.items():
-        assert (got[name].default, got[name].annotation) == (parameter.default, parameter.annotation), name
-        by_position = got[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-        assert by_position == (name in {*HEAD, *positional}), name
+LINEAR = [name for name in losses.__all__ if name.startswith("linear_")]
+WITH_REFERENCE = ["linear_dpo_loss", "linear_kl_guided_dpo_loss", "linear_kto_loss", "linear_ppo_loss"]
+WITH_REFERENCE += ["linear_grpo_loss"]
+    "linear_dpo_loss",
+    "linear_kl_guided_dpo_loss",
+    "linear_kto_loss",
+    "linear_ppo_loss",
+    "linear_grpo_loss",
+]
+TAKING = [linear_token_logprobs, linear_kl_divergence, losses.dpo_loss, losses.kto_loss, losses.orpo_loss]
+TAKING += [losses.reward_loss, losses.kl_guided_dpo_loss, losses.reward_regularized_loss, losses.score_weighted_loss]
+TAKING += [losses.cpo_loss, losses.ppo_loss, losses.value_loss, *(getattr(losses, name) for name in LINEAR)]
+TAKING += [losses.grpo_loss, losses.rloo_loss, losses.importance_weights]
 
 
-def implied(form: Form) -> tuple[dict[str, inspect.Parameter], set[str]]:
-    """The arguments of the loss that the head does not give, in its order; a required reference, which becomes optional
-    since there are two ways to give it, after the required ones; its other forms beside it; then what the head adds."""
-    tensor = inspect.Parameter("_", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
-    own = dict.fromkeys(form.first, tensor)
-    given = {name.replace("ref_chosen", "ref"): p for name, p in options_of(getattr(losses, form.loss)).items()}
-    given = {name: p for name, p in given.items() if name not in form.from_head}
-    positional = {name for name, p in given.items() if p.kind != inspect.Parameter.KEYWORD_ONLY}
-    if "ref_logps" in positional:
-        required = {name: p for name, p in given.items() if name in positional - {"ref_logps"}}
-        given = {**required, "ref_logps": tensor, **{name: p for name, p in given.items() if name not in positional}}
-    for name, parameter in given.items():
-        own |= {name: parameter} if name != "ref_logps" else dict.fromkeys(REFERENCE, tensor)
-        own |= {} if name != "ref_logps" else {name: DIVERGENCE[name] for name in REFERENCE_FORM}
-    return own | {name: options_of(pair_logps)[name] for name in form.last}, positional
+@pytest.mark.parametrize("function", TAKING, ids=lambda function: function.__name__)
+def test_the_keywords_of_type_checkers_are_the_options(function) -> None:
+    """Names and types of the TypedDict are those that the signature shows, which come from the options' classes."""
+    own = {name for name in inspect.getfullargspec(function).kwonlyargs if name not in typed_hints(function)}
+    shown = {name: p.annotation for name, p in parameters(function).items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: hint for name, hint in shown.items() if name not in own} == typed_hints(function)
 
 
-def test_every_linear_form_is_compared() -> None:
-    assert {name for name in losses.__all__ if re.fullmatch("linear_.+_loss", name)} == set(FORMS)
+def loss_behind(linear: str) -> Callable[..., object] | None:
+    """The loss on log-probabilities of a linear form, where it has one."""
+    name = linear.removeprefix("linear_")
+    return getattr(losses, name) if name in losses.__all__ else None
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_linear_form_signature(name) -> None:
-    own, positional = implied(FORMS[name])
-    assert_signature(getattr(losses, name), own, positional)
+def typed_hints(function: Callable[..., object]) -> dict[str, Any]:
+    return typing.get_type_hints(typed_dict(function))
 
 
-def test_linear_cross_entropy_signature() -> None:
-    got = options_of(linear_cross_entropy)
-    assert_signature(
-        linear_cross_entropy, {name: got[name] for name in ("reduction", "normalizer", "token_weights", "metrics")}
-    )
+@pytest.mark.parametrize("function", TAKING, ids=lambda function: function.__name__)
+def test_every_option_has_a_default(function) -> None:
+    for name in typed_hints(function):
+        assert parameters(function)[name].default is not inspect.Parameter.empty, name
 
 
-def test_linear_loss_is_the_waist_and_a_function() -> None:
-    got = options_of(linear_loss)
-    assert list(got)[:4] == [*HEAD, "fn"]
-    del got["fn"]
-    assert got == WAIST
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_forms_take_every_option_of_the_head_and_of_their_loss(name) -> None:
+    shown = parameters(getattr(losses, name))
+    for option, hint, default in fields(Head):
+        assert (shown[option].annotation, shown[option].default) == (hint, default), option
+    loss = loss_behind(name)
+    if loss is None:
+        return
+    for option in typed_hints(loss):
+        assert shown[option] == parameters(loss)[option], option
 
 
-def test_options_of_the_head_are_those_of_the_waist() -> None:
-    assert Head._fields == tuple(name for name in WAIST if name not in {*HEAD, *DECIDED_BY_THE_LOSS})
-    assert typing.get_type_hints(Head) == {name: WAIST[name].annotation or type(None) for name in Head._fields}
-
-
-@pytest.mark.parametrize("name", [*FORMS, "linear_loss"])
-def test_bodies_are_short(name) -> None:
-    (function,) = ast.parse(inspect.getsource(getattr(losses, name))).body
-    first, last = function.body[1].lineno, function.body[-1].end_lineno
-    lines = inspect.getsource(getattr(losses, name)).splitlines()[first - 1 : last]
-    assert len([line for line in lines if line.strip()]) < 15
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+def test_linear_forms_with_a_reference_take_its_head(name) -> None:
+    shown = parameters(getattr(losses, name))
+    assert {"ref_logps", "ref_hidden", "ref_weight", *Reference._fields} <= set(shown)
 
 
 R, T, H, V = 4, 3, 5, 6
-TENSORS = {
-    "hidden": torch.zeros(R, T, H),
-    "weight": torch.zeros(V, H),
-    "targets": torch.zeros(R, T, dtype=torch.long),
-    "old_logps": torch.zeros(R, T),
-    "advantages": torch.zeros(R),
-    "is_desirable": torch.zeros(R),
-    "fn": lambda stats: stats.logps.sum(),
+
+
+def tensors() -> dict[str, Any]:
+    """Valid arguments for every linear form."""
+    g = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(R, T, H, generator=g),
+        "weight": torch.randn(V, H, generator=g),
+        "targets": torch.randint(V, (R, T), generator=g),
+        "old_logps": -4.0 * torch.rand(R, T, generator=g),
+        "advantages": torch.randn(R, T, generator=g),
+        "is_desirable": torch.tensor([1, 0, 1, 0]),
+        "scores": torch.tensor([0.9, 0.1, 0.4, 0.7]),
+        "rewards": torch.tensor([0.9, 0.1, 0.4, 0.7]),
+        "fn": lambda stats: stats.logps.sum(),
+    }
+
+
+ALSO: dict[str, dict[str, Any]] = {"linear_grpo_loss": {"normalizer": R * T}}
+"""What a form cannot do without, beside its positional arguments."""
+
+
+def loss_of(name: str, **given: Any) -> torch.Tensor:
+    function = getattr(losses, name)
+    arguments = {key: tensors()[key] for key, p in parameters(function).items() if p.default is p.empty}
+    arguments |= ALSO.get(name, {})
+    if not any(key.startswith("ref_") for key in given):
+        arguments |= reference(name)
+    return function(**{**arguments, **given}).loss
+
+
+def reference(name: str) -> dict[str, Any]:
+    """What a linear form cannot do without: log-probabilities of sequences, or of tokens."""
+    if name == "linear_kl_guided_dpo_loss":
+        return {"ref_logps": torch.linspace(-3.0, -1.0, R * T).view(R, T), "kl_estimator": "k2"}
+    return {"ref_logps": torch.linspace(-9.0, -3.0, R)} if name in ("linear_dpo_loss", "linear_kto_loss") else {}
+
+
+HEAD_VALUES = {
+    "bias": torch.linspace(-1.0, 1.0, V),
+    "temperature": 0.7,
+    "logit_scale": 1.5,
+    "softcap": 2.0,
+    "vocab_mask": None,  # depends on the targets: below
+    "lora": (torch.ones(1, H), torch.linspace(0.0, 1.0, V)[:, None], 0.5),
+    "compute_dtype": torch.bfloat16,
 }
 
 
-def required(name: str, **given: object) -> dict[str, object]:
-    """Valid arguments of a linear form, and those given."""
-    parameters = options_of(getattr(losses, name))
-    arguments = {key: TENSORS[key] for key, p in parameters.items() if p.default is p.empty}
-    if name in ("linear_dpo_loss", "linear_kto_loss"):
-        arguments["ref_logps"] = torch.zeros(R)
-    return {**arguments, **given}
+@pytest.mark.parametrize("option", HEAD_VALUES)
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_option_of_the_head_changes_what_it_should(name, option) -> None:
+    """As it changes the log-probabilities of the waist."""
+    value = HEAD_VALUES[option]
+    if option == "vocab_mask":
+        value = torch.zeros(V, dtype=torch.bool).index_fill(0, tensors()["targets"].unique(), True)
+        value[: V - 1] = True
+        assert not value.all() or V - 1 in tensors()["targets"]
+    logps = linear_token_logprobs(*(tensors()[key] for key in ("hidden", "weight", "targets"))).logps
+    arguments = [tensors()[key] for key in ("hidden", "weight", "targets")]
+    changes = not torch.equal(linear_token_logprobs(*arguments, **{option: value}).logps, logps)
+    assert (loss_of(name, **{option: value}).item() != loss_of(name).item()) == changes
 
 
-class Recorded(Exception):  # noqa: N818 - carries what a function was called with
-    pass
+@pytest.mark.parametrize("name", LINEAR)
+def test_options_of_rows_and_memory_reach_the_head(name) -> None:
+    assert loss_of(name, max_memory=0).item() == pytest.approx(loss_of(name).item(), rel=1e-6)
+    assert loss_of(name, num_scored=R * T).item() == loss_of(name).item()
+    with pytest.raises(ValueError, match="num_scored must be the number of scored targets"):
+        loss_of(name, num_scored=1)
+    with pytest.raises(ValueError, match="max_memory must be bytes"):
+        loss_of(name, max_memory=-1)
+    with pytest.raises(ValueError, match="group is not supported"):
+        loss_of(name, group=object())
+    ignored = tensors()["targets"].clone()
+    ignored[:, -1] = -7
+    other = tensors()["targets"].clone()
+    other[:, -1] = -100
+    assert loss_of(name, targets=ignored, ignore_index=-7).item() == loss_of(name, targets=other).item()
 
 
-def record(monkeypatch: pytest.MonkeyPatch, module: str, function: str) -> None:
-    signature = inspect.signature(getattr(sys.modules[module], function))
+class Change(NamedTuple):
+    """An option with a value that is not its default, and what else it needs."""
 
-    def recorder(*args: object, **kwargs: object) -> None:
-        raise Recorded(signature.bind(*args, **kwargs).arguments)
-
-    monkeypatch.setattr(sys.modules[module], function, recorder)
+    value: Any
+    needs: dict[str, Any] = {}
 
 
-@pytest.mark.parametrize("name", [*FORMS, "linear_loss"])
-def test_linear_form_passes_every_option_of_the_head_on(name, monkeypatch) -> None:
-    sentinels = {option: object() for option in Head._fields} | {"ignore_index": -7}
-    record(monkeypatch, "prefkern.losses.linear", "linear_token_logprobs")
-    with pytest.raises(Recorded) as caught:
-        getattr(losses, name)(**required(name, **sentinels))
-    (passed,) = caught.value.args
-    assert {option: passed[option] for option in Head._fields} == sentinels
-
-
-@pytest.mark.parametrize("name", ["linear_dpo_loss", "linear_kto_loss", "linear_ppo_loss"])
-def test_linear_form_scores_the_reference_with_the_options_of_the_head(name, monkeypatch) -> None:
-    """All but those of the policy's own weights and of a backward."""
-    sentinels = {option: object() for option in Head._fields} | {"ignore_index": -7}
-    reference = {"ref_hidden": object(), "ref_weight": object(), "ref_bias": object(), "ref_logps": None}
-    form = {"temperature": object(), "logit_scale": 1.5, "softcap": 7.0}
-    reference |= {f"ref_{option}": value for option, value in form.items()}
-    record(monkeypatch, "prefkern.losses._head", "linear_token_logprobs")
-    with pytest.raises(Recorded) as caught:
-        getattr(losses, name)(**required(name, **sentinels, **reference))
-    (passed,) = caught.value.args
-    want = sentinels | form | {"bias": reference["ref_bias"], "lora": None, "max_memory": None}
-    assert {option: passed[option] for option in Head._fields} == want
-    assert (passed["hidden"], passed["weight"]) == (reference["ref_hidden"], reference["ref_weight"])
-
-
-TOKENS = torch.ones(R, T)
-ANOTHER = {  # of each option a value that is not its default
-    "beta": 0.3,
-    "loss_type": {"cpo_loss": "simpo", "dpo_loss": "hinge", "kto_loss": "apo_zero_unpaired"},
-    "label_smoothing": 0.1,
-    "weights": torch.ones(R // 2),
-    "reduction": {
-        **dict.fromkeys(("cpo_loss", "dpo_loss", "kto_loss", "orpo_loss"), "sum"),
-        "ppo_loss": "sequence_sum",
+TOKENS = torch.linspace(-1.0, 0.5, R * T).view(R, T)
+CRITIC = {"values": TOKENS, "old_values": TOKENS.flip(0), "returns": TOKENS.flip(1)}
+VESPO = {"loss_type": "vespo", "old_logps": -1.8 + 0.1 * TOKENS}
+MILD = {"old_logps": -2.0 + 0.2 * TOKENS}  # ratios near 1: nothing is clipped away
+COV = {"loss_type": "clip_cov", "cov_ratio": 1.0, "epsilon": 1.0, "epsilon_high": 1e6}  # all that lies within
+SAME = Change("unbiased", {"ref_logps": TOKENS, "kl_coef": 0.1})
+"""The value is the same without the ratio; the gradient is compared below."""
+CHANGES: dict[str, dict[str, Change]] = {
+    "linear_dpo_loss": {
+        "beta": Change(0.3),
+        "loss_type": Change(["hinge", "sft"]),
+        "label_smoothing": Change(0.1),
+        "loss_weights": Change([0.5]),
+        "f_divergence_type": Change("js_divergence"),
+        "f_alpha_divergence_coef": Change(0.7, {"f_divergence_type": "alpha_divergence"}),
+        "discopop_tau": Change(0.5, {"loss_type": "discopop"}),
+        "reduction": Change("sum"),
     },
-    "cpo_alpha": 0.5,
-    "simpo_gamma": 0.6,
-    "alpha": 0.2,
-    "metrics": False,
-    "kl": 0.7,
-    "desirable_weight": 0.5,
-    "undesirable_weight": 0.6,
-    "is_desirable": torch.ones(R, dtype=torch.bool),
-    "ref_logps": {"kto_loss": torch.ones(R), "ppo_loss": TOKENS},
-    "old_logps": TOKENS,
-    "advantages": TOKENS,
-    "cliprange": 0.3,
-    "cliprange_high": 0.4,
-    "delta": 3.0,
-    "kl_coef": 0.1,
-    "kl_estimator": "k1",
-    "entropy_coef": 0.2,
-    "values": TOKENS,
-    "old_values": TOKENS,
-    "returns": TOKENS,
-    "value_mask": TOKENS,
-    "vf_coef": 0.3,
-    "cliprange_value": 0.4,
-    "normalizer": 7.0,
+    "linear_reward_regularized_loss": {"reward_coef": Change(0.3), "reduction": Change("sum")},
+    "linear_score_weighted_loss": {"baseline": Change(0.3), "reduction": Change("sum")},
+    "linear_kto_loss": {
+        "beta": Change(0.3),
+        "desirable_weight": Change(0.5),
+        "undesirable_weight": Change(0.5),
+        "loss_type": Change("apo_zero_unpaired", {"kl": 0.7}),
+        "reduction": Change("sum"),
+    },
+    "linear_orpo_loss": {"beta": Change(0.3), "reduction": Change("sum")},
+    "linear_cpo_loss": {
+        "beta": Change(0.3),
+        "loss_type": Change("hinge"),
+        "label_smoothing": Change(0.1),
+        "cpo_alpha": Change(0.5),
+        "simpo_gamma": Change(0.7, {"loss_type": "simpo"}),
+        "alpha": Change(0.2),
+        "reduction": Change("sum"),
+    },
+    "linear_ppo_loss": {
+        "values": Change(TOKENS, {**CRITIC, "values": TOKENS * 2}),
+        "old_values": Change(TOKENS, {**CRITIC, "old_values": TOKENS * 9, "cliprange_value": 0.01}),
+        "returns": Change(TOKENS, {**CRITIC, "returns": TOKENS * 2}),
+        "value_mask": Change(TOKENS > 0, CRITIC),
+        "cliprange": Change(0.01),
+        "cliprange_high": Change(0.01),
+        "delta": Change(1.01),
+        "kl_coef": Change(0.3, {"ref_logps": TOKENS}),
+        "kl_estimator": Change("k1", {"ref_logps": TOKENS, "kl_coef": 0.1}),
+        "kl_gradient": SAME,
+        "entropy_coef": Change(0.2),
+        "positive_nll_coef": Change(0.2, {"is_correct": torch.tensor([1, 0, 1, 0])}),
+        "vf_coef": Change(0.3, CRITIC),
+        "cliprange_value": Change(0.01, {**CRITIC, "old_values": TOKENS * 3}),
+        "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
+    },
+    "linear_grpo_loss": {
+        "epsilon": Change(0.01),
+        "epsilon_high": Change(0.01),
+        "delta": Change(1.01),
+        "loss_type": Change("sapo"),
+        "importance_sampling_level": Change("sequence"),
+        "beta": Change(0.3, {"ref_logps": TOKENS}),
+        "use_bias_correction_kl": Change(False, {"ref_logps": TOKENS, "beta": 0.1}),
+        "kl_estimator": Change("k1", {"ref_logps": TOKENS, "beta": 0.1}),
+        "kl_gradient": Change("unbiased", {"ref_logps": TOKENS, "beta": 0.1}),
+        "entropy_coef": Change(0.2),
+        "positive_nll_coef": Change(0.2, {"is_correct": torch.tensor([1, 0, 1, 0])}),
+        "sapo_temperature_pos": Change(2.0, {"loss_type": "sapo"}),
+        "sapo_temperature_neg": Change(2.0, {"loss_type": "sapo"}),
+        "vespo_k_pos": Change(0.5, VESPO),
+        "vespo_lambda_pos": Change(0.5, VESPO),
+        "vespo_k_neg": Change(0.5, VESPO),
+        "vespo_lambda_neg": Change(0.5, VESPO),
+        "importance_tau": Change(0.5, {"loss_type": "importance_mask"}),
+        "cov_ratio": Change(0.9, {"loss_type": "kl_cov"}),
+        "clip_cov_low": Change(0.0, {**COV, "clip_cov_high": 99.0}),
+        "clip_cov_high": Change(0.1, {**COV, "clip_cov_low": 0.0}),
+        "kl_cov_coef": Change(0.5, {"loss_type": "kl_cov"}),
+        "dro_beta": Change(0.5, {"loss_type": "dro", "dro_beta": 0.1}),
+        "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
+    },
+    "linear_rloo_loss": {
+        "epsilon": Change(0.01, MILD),
+        "epsilon_high": Change(0.01, MILD),
+        "delta": Change(1.01),
+        "entropy_coef": Change(0.2),
+        "reduction": Change("sequence_sum"),
+        "max_completion_length": Change(31.0, {"reduction": "fixed"}),
+    },
 }
-OPTIONS = [
-    (name, option)
-    for name, form in FORMS.items()
-    for option in options_of(getattr(losses, form.loss))
-    if option in options_of(getattr(losses, name)) and option not in ("mask", "cu_seqlens")  # those meet the targets
-]
 
 
-@pytest.mark.parametrize(("name", "option"), OPTIONS)
-def test_linear_form_passes_every_option_of_the_loss_on(name, option, monkeypatch) -> None:
-    loss = FORMS[name].loss
-    value = ANOTHER[option][loss] if isinstance(ANOTHER[option], dict) else ANOTHER[option]
-    record(monkeypatch, f"prefkern.losses.{name.removesuffix('_loss')}", loss)
-    with pytest.raises(Recorded) as caught:
-        getattr(losses, name)(**required(name, **{option: value}))
-    (passed,) = caught.value.args
-    assert passed[option] is value
-    defaults = {key: p.default for key, p in options_of(getattr(losses, loss)).items() if p.default is not p.empty}
-    others = {key: passed[key] for key in passed if key in ANOTHER and key in defaults and key != option}
-    assert others == {key: defaults[key] for key in others}
+CHANGES["linear_kl_guided_dpo_loss"] = CHANGES["linear_dpo_loss"] | {"kl_coef": Change(0.3)}
 
 
-LOSS_OF = {"DPOLoss": "dpo_loss", "KTOLoss": "kto_loss", "ORPOLoss": "orpo_loss", "PPOLoss": "ppo_loss"}
+def test_every_option_of_every_loss_has_a_change() -> None:
+    for name in LINEAR:
+        loss = loss_behind(name)
+        if loss is not None:
+            assert set(CHANGES[name]) == set(typed_hints(loss)) - {"metrics"}, name
 
 
-@pytest.mark.parametrize("name", LOSS_OF)
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in CHANGES for option in CHANGES[name]])
+def test_linear_form_passes_every_option_of_the_loss_on(name, option) -> None:
+    """It changes the linear form as it changes the loss of the log-probabilities, which the layout tests compare."""
+    value, needs = CHANGES[name][option]
+    changed = loss_of(name, **{**needs, option: value}).item() != loss_of(name, **needs).item()
+    assert changed == (CHANGES[name][option] is not SAME)
+
+
+def test_linear_ppo_passes_the_gradient_of_the_divergence_on() -> None:
+    def gradient(form: str) -> torch.Tensor:
+        hidden = tensors()["hidden"].requires_grad_()
+        given = {"hidden": hidden, "ref_logps": TOKENS, "kl_coef": 0.1, "kl_gradient": form}
+        return torch.autograd.grad(loss_of("linear_ppo_loss", **given), hidden)[0]
+
+    assert not torch.allclose(gradient("plain"), gradient("unbiased"))
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if name != "linear_loss"])
+def test_metrics_can_be_left_out(name) -> None:
+    arguments = {key: tensors()[key] for key, p in parameters(getattr(losses, name)).items() if p.default is p.empty}
+    arguments |= reference(name)
+    arguments |= ALSO.get(name, {})
+    arguments |= reference(name)
+    assert getattr(losses, name)(**arguments, metrics=False).metrics == {}
+    assert getattr(losses, name)(**arguments).metrics
+
+
+@pytest.mark.parametrize("function", TAKING, ids=lambda function: function.__name__)
+def test_a_misspelt_option_is_answered_with_the_nearest(function) -> None:
+    arguments = [torch.zeros(1)] * sum(p.default is p.empty for p in parameters(function).values())
+    known = next(iter(typed_hints(function)))
+    with pytest.raises(
+        TypeError, match=rf"^prefkern\.{function.__name__}: there is no option '{known}x': did you mean"
+    ):
+        function(*arguments, **{f"{known}x": 1})
+
+
+def test_an_option_that_resembles_none_is_answered_with_the_list() -> None:
+    with pytest.raises(
+        TypeError,
+        match=r"no option 'zzz': its options are beta, loss_type, label_smoothing, loss_weights",
+    ):
+        losses.dpo_loss(*[torch.zeros(1)] * 4, zzz=1)
+
+
+class Sample(NamedTuple):
+    size: typing.Annotated[float | None, head_inputs.above(0.0)] = None
+    word: typing.Literal["a", "b"] = "a"
+    maybe: typing.Literal["x", "y"] | None = None
+    free: object = None
+
+
+@takes(Sample)
+def sample(**options: Any) -> Sample:
+    return read("sample", options, Sample)
+
+
+def test_options_are_read_in_their_ranges() -> None:
+    assert sample() == Sample()
+    assert sample(size=2, word="b", maybe="x", free=[]) == Sample(2.0, "b", "x", [])
+    with pytest.raises(
+        ValueError, match=re.escape("prefkern.sample: size must be a finite number in (0.0, inf), got 0")
+    ):
+        sample(size=0)
+    with pytest.raises(ValueError, match="word must be one of 'a', 'b', got 'c'"):
+        sample(word="c")
+    with pytest.raises(ValueError, match="maybe must be one of 'x', 'y', got 'z'"):
+        sample(maybe="z")
+    with pytest.raises(ValueError, match="size must be a finite number"):
+        sample(size=math.inf)
+
+
+MODULES = {"CPOLoss": "cpo_loss", "DPOLoss": "dpo_loss", "KTOLoss": "kto_loss", "ORPOLoss": "orpo_loss"}
+MODULES |= {"PPOLoss": "ppo_loss", "RewardLoss": "reward_loss", "KLGuidedDPOLoss": "kl_guided_dpo_loss"}
+MODULES |= {"RewardRegularizedLoss": "reward_regularized_loss", "ScoreWeightedLoss": "score_weighted_loss"}
+MODULES |= {"PPOLoss": "ppo_loss", "GRPOLoss": "grpo_loss", "RLOOLoss": "rloo_loss"}
+
+
+def test_every_module_is_compared() -> None:
+    found = {name for name in losses.__all__ if isinstance(getattr(losses, name), type)}
+    assert found == set(MODULES)
+    assert all(issubclass(getattr(losses, name), _Loss) for name in found)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_module_is_its_loss_split_in_options_and_tensors(name) -> None:
-    module, function = getattr(losses, name), options_of(getattr(losses, LOSS_OF[name]))
-    options, tensors = options_of(module), options_of(module.forward)
-    tensors.pop("self")
-    assert not set(options) & set(tensors)
-    assert set(options) | set(tensors) == set(function)
-    for key, parameter in {**options, **tensors}.items():
+    module, function = getattr(losses, name), parameters(getattr(losses, MODULES[name]))
+    options, given = parameters(module), parameters(module.forward)
+    given.pop("self")
+    assert not set(options) & set(given)
+    assert {**options, **given}.keys() == function.keys()
+    for key, parameter in {**options, **given}.items():
         assert (parameter.default, parameter.annotation) == (function[key].default, function[key].annotation), key
-    assert [key for key in function if key in tensors] == list(tensors)
-
-
-@pytest.mark.parametrize("name", LOSS_OF)
-def test_module_passes_every_argument_on(name, monkeypatch) -> None:
-    function = getattr(losses, LOSS_OF[name])
-    source = f"prefkern.losses.{function.__module__.rpartition('.')[2]}.{LOSS_OF[name]}"
-    monkeypatch.setattr(source, lambda *args, **kwargs: inspect.signature(function).bind(*args, **kwargs).arguments)
-    tensors = {key: object() for key in options_of(getattr(losses, name).forward) if key != "self"}
-    module = getattr(losses, name)(0.7)
-    assert module(**tensors) == {**tensors, **module.options}
-    assert 0.7 in module.options.values()
+    assert typing.get_type_hints(typed_dict(module.__init__)).keys() == options.keys()
 
 
 def test_modules_compute_their_loss() -> None:
     x = [-torch.rand(4) for _ in range(4)]
     labels = torch.tensor([1, 0, 1, 0])
-    torch.testing.assert_close(losses.DPOLoss(0.3, loss_type="hinge")(*x), dpo_loss(*x, beta=0.3, loss_type="hinge"))
+    got = losses.DPOLoss(0.3, loss_type="hinge")(*x)
+    torch.testing.assert_close(got, losses.dpo_loss(*x, beta=0.3, loss_type="hinge"))
     got = losses.KTOLoss(0.3, undesirable_weight=2.0)(x[0], x[1], labels, kl=0.1)
     torch.testing.assert_close(got, losses.kto_loss(x[0], x[1], labels, kl=0.1, beta=0.3, undesirable_weight=2.0))
     torch.testing.assert_close(losses.ORPOLoss(0.3)(*x[:3]), losses.orpo_loss(*x[:3], beta=0.3))
+    torch.testing.assert_close(losses.CPOLoss(0.3)(*x[:3]), losses.cpo_loss(*x[:3], beta=0.3))
     got = losses.PPOLoss(0.1, kl_coef=0.2)(*x[:3], ref_logps=x[3], normalizer=9)
     torch.testing.assert_close(got, losses.ppo_loss(*x[:3], cliprange=0.1, kl_coef=0.2, ref_logps=x[3], normalizer=9))
+    torch.testing.assert_close(losses.RewardLoss(0.3)(*x[:2]), losses.reward_loss(*x[:2], center_coefficient=0.3))
+    got = losses.KLGuidedDPOLoss(0.3, kl_coef=0.7, loss_type="hinge")(*x, x[0])
+    torch.testing.assert_close(got, losses.kl_guided_dpo_loss(*x, x[0], beta=0.3, kl_coef=0.7, loss_type="hinge"))
+    got = losses.RewardRegularizedLoss(0.3)(*x[:2])
+    torch.testing.assert_close(got, losses.reward_regularized_loss(*x[:2], reward_coef=0.3))
+    torch.testing.assert_close(losses.ScoreWeightedLoss(0.3)(*x[:2]), losses.score_weighted_loss(*x[:2], baseline=0.3))
+    got = losses.GRPOLoss(0.1, beta=0.2)(*x[:3], ref_logps=x[3], normalizer=9)
+    torch.testing.assert_close(got, losses.grpo_loss(*x[:3], epsilon=0.1, beta=0.2, ref_logps=x[3], normalizer=9))
+    grid = [value[:, None] for value in x[:3]]
+    got = losses.RLOOLoss(0.1)(*grid, normalizer=9)
+    torch.testing.assert_close(got, losses.rloo_loss(*grid, epsilon=0.1, normalizer=9))
     assert repr(losses.ORPOLoss(0.3)) == "ORPOLoss(beta=0.3, reduction='mean', metrics=True)"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_attribute_of_a_module_is_its_option(name) -> None:
+    """Annealing works, and a value that the constructor refuses is refused."""
+    module = getattr(losses, name)()
+    first = next(iter(parameters(getattr(losses, name))))
+    setattr(module, first, 0.7)
+    assert getattr(module, first) == 0.7
+    assert f"{first}=0.7" in repr(module)
+    for bad in (-math.inf,) if first == "baseline" else (-1.0, -math.inf):
+        with pytest.raises(ValueError, match=rf"^prefkern\.{name}: {first} must be a finite number in"):
+            setattr(module, first, bad)
+    assert getattr(module, first) == 0.7
+
+
+def test_annealed_beta_is_that_of_the_loss() -> None:
+    x = [torch.tensor([v]) for v in (-10.0, -12.0, -11.0, -11.0)]
+    module = pk.DPOLoss(0.2)
+    module.beta = 0.5
+    assert module(*x).loss.item() == pytest.approx(0.3132617)  # log(1 + e^-1)
+
+
+def test_options_apart_from_tensors() -> None:
+    """What a module is made with holds no tensor: the value model's come in the call."""
+    assert not set(ppo.PPO._fields) & set(ppo.Critic._fields)
+    assert set(cross_entropy.CrossEntropy._fields) == {"reduction", "dft", "metrics"}

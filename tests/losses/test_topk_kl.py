@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkern.losses import topk_kl
-from prefkern.objectives.distillation import log_mass
+from prefkern.losses import ref_kl_advantages, topk_kl
+from prefkern.losses.distillation import log_mass
 
 V = 12
 
@@ -139,6 +139,113 @@ def test_nan_propagates() -> None:
         assert topk_kl(bad if x is student else student, bad if x is teacher else teacher).loss.isnan()
 
 
+# ------------------------------------------------------------------------------------------------ reverse
+
+
+def test_reverse_by_hand() -> None:
+    """Student 1/4, 1/8, rest 5/8; teacher 1/2, 1/4, rest 1/4: (3/8) log(1/2) + (5/8) log(5/2)."""
+    student, teacher = logps(0.25, 0.125).requires_grad_(), logps(0.5, 0.25)
+    loss, metrics = topk_kl(student, teacher, direction="reverse")
+    assert loss.item() == pytest.approx(0.375 * math.log(0.5) + 0.625 * math.log(2.5), rel=1e-14)
+    assert metrics["kl"].item() == loss.item()
+    # p_s [(log p_s - log p_t) - (log r_s - log r_t)]
+    bracket = math.log(0.5) - math.log(2.5)
+    assert torch.autograd.grad(loss, student)[0].tolist() == pytest.approx([0.25 * bracket, 0.125 * bracket], rel=1e-13)
+    part = topk_kl(student, teacher, direction="reverse", tail=False).loss
+    assert part.item() == pytest.approx(0.375 * math.log(0.5), rel=1e-14)
+    wanted = [0.25 * (math.log(0.5) + 1), 0.125 * (math.log(0.5) + 1)]
+    assert torch.autograd.grad(part, student)[0].tolist() == pytest.approx(wanted, rel=1e-13)
+
+
+def test_reverse_over_the_whole_vocabulary_is_the_full_divergence_with_its_gradient() -> None:
+    logits, teacher = torch.randn(20, V, dtype=torch.float64, requires_grad=True), random_logps(20)
+    student = logits.log_softmax(-1)
+    got = topk_kl(student, teacher, direction="reverse", reduction="sum").loss
+    want = (student.exp() * (student - teacher)).sum()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (got, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, V - 1])
+def test_reverse_is_at_most_the_full_divergence(k) -> None:
+    student, teacher = random_logps(200), random_logps(200)
+    own, tokens = student.topk(k)
+    got = topk_kl(own, teacher.gather(-1, tokens), direction="reverse", reduction="none").loss
+    full = (student.exp() * (student - teacher)).sum(-1)
+    assert (got <= full + 1e-12).all()
+    assert (got >= -1e-12).all()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_is_trls_divergence_with_a_tail_on_the_students_own_tokens(direction, k) -> None:
+    """``compute_topk_self_distillation_loss`` of TRL's SDPO, alpha 0 and 1, value and gradient."""
+    utils = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    logits, teacher = torch.randn(5, V, requires_grad=True), torch.randn(5, V)
+    alpha = {"forward": 0.0, "reverse": 1.0}[direction]
+    options = {"distillation_topk": k, "distillation_alpha": alpha, "distillation_add_tail": True}
+    theirs = utils.compute_topk_self_distillation_loss(logits, teacher, **options)
+    tokens = logits.topk(k).indices
+    student, other = (x.log_softmax(-1).gather(-1, tokens) for x in (logits, teacher))
+    ours = topk_kl(student, other, direction=direction, reduction="none").loss
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    got, want = (torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (ours, theirs))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_reverse_leaves_out_entries_and_rows_whatever_they_hold(tail) -> None:
+    student, teacher = random_logps(6), random_logps(6)
+    own, tokens = student.topk(4)
+    other = teacher.gather(-1, tokens)
+    mask = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    want = topk_kl(own[mask][:, :2], other[mask][:, :2], direction="reverse", tail=tail)
+    for bad in (0.0, math.nan, math.inf, -math.inf):
+        s, t = own.clone(), other.clone()
+        s[:, 2:], t[:, 2:] = bad, -math.inf
+        s[~mask] = t[~mask] = bad
+        leaf = s.requires_grad_()
+        got = topk_kl(leaf, t, direction="reverse", tail=tail, mask=mask)
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+        with torch.autograd.set_detect_anomaly(True):
+            got.loss.backward()
+        assert (leaf.grad[:, 2:] == 0).all()
+        assert (leaf.grad[~mask] == 0).all()
+        assert leaf.grad[mask][:, :2].isfinite().all()
+
+
+def test_reverse_of_certainties_is_finite() -> None:
+    """Remainders that rounding leaves at 0, of the student, of the teacher, of both; a token that one never writes."""
+    eps = torch.finfo(torch.float32).eps
+    sure, some = torch.tensor([[0.0, -200.0]]), torch.tensor([[-1.0, -2.0]])
+    for s, t in ((sure, some), (some, sure), (sure, sure), (torch.tensor([[-math.inf, -1.0]]), some)):
+        leaf = s.clone().requires_grad_()
+        loss = topk_kl(leaf, t, direction="reverse").loss
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, leaf)[0].isfinite().all()
+    r_s = 1 - math.exp(-1) - math.exp(-2)
+    got = topk_kl(some, sure, direction="reverse").loss.item()
+    want = math.exp(-1) * -1.0 + math.exp(-2) * (-2.0 + 200.0) + r_s * (math.log(r_s) - math.log(eps / 2))
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_ref_kl_advantages_are_the_gradient_of_the_reverse_divergence() -> None:
+    """Over all actions of one token: sum_v p_v A_v grad lp_v = -grad KL(p || q)."""
+    logits, ref = torch.randn(V, dtype=torch.float64, requires_grad=True), random_logps()
+    lp = logits.log_softmax(-1)
+    advantages = ref_kl_advantages(lp, ref)
+    assert not advantages.requires_grad
+    surrogate = -(lp.exp().detach() * advantages * lp).sum()
+    kl = (lp.exp() * (lp - ref)).sum()
+    got, want = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (surrogate, kl))
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+    mask = torch.rand(V) < 0.5
+    masked = ref_kl_advantages(torch.where(mask, lp, math.nan), torch.where(mask, ref, math.inf), mask=mask)
+    torch.testing.assert_close(masked, torch.where(mask, ref - lp.detach(), 0.0), rtol=0, atol=0)
+    assert ref_kl_advantages(lp.detach().bfloat16(), ref.bfloat16()).dtype == torch.float32
+
+
 def test_reductions_and_accumulation() -> None:
     student, teacher = random_logps(2, 5)[..., :7], random_logps(2, 5)[..., :7]
     mask = torch.rand(2, 5) < 0.7
@@ -196,6 +303,7 @@ def test_refused(arguments, error, message) -> None:
     ("options", "message"),
     [
         ({"mask": torch.ones(2)}, r"mask must have shape \(3,\)"),
+        ({"direction": "sideways"}, "direction must be one of 'forward', 'reverse'"),
         ({"reduction": "token"}, "reduction must be one of 'mean', 'sum', 'none'"),
         ({"reduction": "sum", "normalizer": 2}, "reduction='sum' divides by nothing"),
     ],

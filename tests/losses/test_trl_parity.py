@@ -17,7 +17,10 @@ from prefkern.losses import (
     ppo_loss,
     sequence_logps,
     value_loss,
+    wpo_weights,
 )
+from prefkern.losses.cpo import AVERAGED
+from prefkern.losses.preference import PAIR_LOSSES
 
 pytest.importorskip("trl")
 
@@ -30,9 +33,10 @@ class Scripted(torch.nn.Module):
 
     is_gradient_checkpointing = False
 
-    def __init__(self, logps: Tensor) -> None:
+    def __init__(self, logps: Tensor, log_sum_sq_probs: Tensor | None = None) -> None:
         super().__init__()
         self.logps = logps
+        self.log_sum_sq_probs = torch.zeros_like(logps) if log_sum_sq_probs is None else log_sum_sq_probs
 
     def forward(self, labels: Tensor, **kwargs: object) -> SimpleNamespace:
         scored = labels[:, 1:] != -100
@@ -42,7 +46,7 @@ class Scripted(torch.nn.Module):
             entropy=zeros,
             mean_logits=zeros,
             is_top1=scored,
-            log_sum_sq_probs=zeros,
+            log_sum_sq_probs=self.log_sum_sq_probs,
         )
 
 
@@ -85,25 +89,42 @@ def assert_same(
             assert value.item() == pytest.approx(log[name][0], rel=1e-6, abs=1e-6), name
 
 
-@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.3])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-def test_dpo(loss_type, ld_alpha) -> None:
-    """``DPOTrainer._compute_loss``, unbound."""
+LINKS = {"reverse_kl": 0.5, "forward_kl": 0.5, "js_divergence": 0.5, "alpha_divergence": 0.3}
+MIXTURE = ("sigmoid", "bco_pair", "sft")
+NOT_WEIGHTED = ("aot", "aot_unpaired", "hinge", "sft")
+"""The sorted losses have no weights; TRL multiplies the others in place, which autograd refuses."""
+DPO_CASES = [
+    *(((name,), None, "reverse_kl", ld_alpha, False) for name in PAIR_LOSSES for ld_alpha in (None, 0.0, 0.3)),
+    *(((name,), None, link, None, False) for name, row in PAIR_LOSSES.items() for link in LINKS if row.links),
+    *(((name,), None, "reverse_kl", 0.3, True) for name in PAIR_LOSSES if name not in NOT_WEIGHTED),
+    *((MIXTURE, weights, "reverse_kl", ld, False) for weights in (None, [0.8, 0.2, 1.0]) for ld in (None, 0.3)),
+]
+
+
+@pytest.mark.parametrize(("loss_types", "weights", "link", "ld_alpha", "use_weighting"), DPO_CASES)
+def test_dpo(loss_types, weights, link, ld_alpha, use_weighting) -> None:
+    """``DPOTrainer._compute_loss``, unbound: every loss of the table, its links, mixtures, LD-DPO and WPO weights. The
+    smoothing of ``sigmoid`` is 0 here, since TRL ignores it there."""
     from trl import DPOTrainer
 
     logps, ref_logps, completion, mask = batch()
-    model = Scripted(logps)
+    row = PAIR_LOSSES[loss_types[0]]
+    smoothing = 0.1 if row.smoothing is not None and loss_types[0] != "sigmoid" else 0.0
+    squares = -torch.rand(R, T - 1) * 3
+    model = Scripted(logps, squares)
     trl = trainer(
         model,
         Scripted(ref_logps),
         beta=0.3,
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        label_smoothing=0.0,
-        f_divergence_type="reverse_kl",
+        loss_types=list(loss_types),
+        loss_weights=weights or [1.0] * len(loss_types),
+        label_smoothing=smoothing,
+        f_divergence_type=link,
+        f_alpha_divergence_coef=LINKS[link],
         ld_alpha=ld_alpha,
         precompute_ref_logps=False,
     )
+    trl.use_weighting, trl.args.discopop_tau = use_weighting, 0.05
     inputs = {
         "input_ids": torch.ones(R, T, dtype=torch.long),
         "attention_mask": torch.ones(R, T, dtype=torch.long),
@@ -117,9 +138,15 @@ def test_dpo(loss_type, ld_alpha) -> None:
         ref.chosen,
         ref.rejected,
         beta=0.3,
-        loss_type=loss_type,
+        loss_type=list(loss_types),
+        loss_weights=weights,
+        label_smoothing=smoothing,
+        f_divergence_type=link,
+        f_alpha_divergence_coef=LINKS[link],
         chosen_lengths=policy.chosen_lengths,
         rejected_lengths=policy.rejected_lengths,
+        chosen_nll=-logps[: R // 2][mask[: R // 2]].mean(),
+        weights=wpo_weights(logps, squares, mask=mask) if use_weighting else None,
     )
     assert_same(ours, theirs, trl._metrics["train"], logps)
 
@@ -202,7 +229,7 @@ def test_orpo() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, -0.5])
 @pytest.mark.parametrize(
-    ("loss_type", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("simpo", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
+    ("loss_type", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("cpo_simpo", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
 )
 def test_cpo(loss_type, smoothing, alpha) -> None:
     """``CPOTrainer.cpo_loss``, unbound, and the sum in ``get_batch_loss_metrics``:
@@ -212,9 +239,9 @@ def test_cpo(loss_type, smoothing, alpha) -> None:
     logps, _, _, mask = batch()
     logps = logps.detach().double().requires_grad_()
     nll = -logps[:3][mask[:3]].mean()
-    pairs = pair_logps(logps, mask=mask, average=loss_type in ("ipo", "simpo"))
+    pairs = pair_logps(logps, mask=mask, average=loss_type in AVERAGED)
     options = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": smoothing, "simpo_gamma": 0.6, "alpha": alpha}
-    trl = SimpleNamespace(**options, accelerator=accelerator())
+    trl = SimpleNamespace(**{**options, "loss_type": loss_type.removeprefix("cpo_")}, accelerator=accelerator())
     losses, chosen, rejected = CPOTrainer.cpo_loss(trl, pairs.chosen, pairs.rejected)
     ours, theirs = cpo_loss(pairs.chosen, pairs.rejected, nll, cpo_alpha=0.7, **options), losses.mean() + 0.7 * nll
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-12, atol=1e-12)
@@ -233,6 +260,9 @@ def test_cpo(loss_type, smoothing, alpha) -> None:
     simple = cpo_loss(pairs.chosen, pairs.rejected, cpo_alpha=0, **options)
     torch.testing.assert_close(simple.loss, losses.mean(), rtol=1e-12, atol=1e-12)
     assert "nll_loss" not in simple.metrics
+    if loss_type == "cpo_simpo":  # SimPO, which TRL gives with cpo_alpha=0
+        alone = cpo_loss(pairs.chosen, pairs.rejected, nll, **{**options, "loss_type": "simpo"})
+        torch.testing.assert_close(alone.loss, losses.mean(), rtol=1e-12, atol=1e-12)
 
 
 def test_ppo() -> None:

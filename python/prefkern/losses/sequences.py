@@ -1,10 +1,11 @@
-"""Aligned targets and sequence log-probabilities: the public functions."""
+"""From tokens to sequences: aligned targets, sequence log-probabilities, those of pairs, and the weights of pairs."""
 
+import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern.losses import _inputs
-from prefkern.objectives import sequences
+from prefkern import check
+from prefkern.losses import inputs
+from prefkern.losses.reduce import divide, per_token, scored, sequence_ids, sequence_lengths, sequence_sums
 from prefkern.types import PairLogps
 
 
@@ -30,16 +31,24 @@ def shift_labels(
         TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
     """
     where = "shift_labels"
-    _inputs.required(where, input_ids=input_ids)
-    _check.integer(where, input_ids=input_ids)
+    inputs.required(where, input_ids=input_ids)
+    check.integer(where, input_ids=input_ids)
     if input_ids.ndim == 0 or (cu_seqlens is not None and input_ids.ndim != 1):
         layout = "[B, T] or [T]" if cu_seqlens is None else "packed [N], as cu_seqlens is given"
-        _check.fail(where, f"input_ids must be {layout}, got {_check.describe(input_ids)}")
-    mask = _check.mask(where, "mask", mask, input_ids.shape)
-    _check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
+        check.fail(where, f"input_ids must be {layout}, got {check.describe(input_ids)}")
+    mask = check.mask(where, "mask", mask, input_ids.shape)
+    check.same_device(where, input_ids=input_ids, mask=mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
-        _check.offsets(where, cu_seqlens, input_ids.numel())
-    return sequences.shift_labels(input_ids, mask=mask, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+        check.offsets(where, cu_seqlens, input_ids.numel())
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, ignore_index)
+    targets = input_ids.roll(-1, dims=-1)
+    if cu_seqlens is None:
+        last = torch.arange(input_ids.shape[-1], device=input_ids.device) == input_ids.shape[-1] - 1
+    else:
+        begins = torch.zeros(input_ids.shape[0] + 1, dtype=torch.bool, device=input_ids.device)
+        last = begins.index_fill(0, cu_seqlens.long(), True)[1:]
+    return targets.masked_fill(last, ignore_index)
 
 
 def sequence_logps(
@@ -60,7 +69,8 @@ def sequence_logps(
         logps: per token, padded ``[B, T]``, or packed ``[N]`` with ``cu_seqlens [S + 1]``.
         mask: bool or 0/1, shaped like ``logps``. What it excludes never reaches the result, NaN and inf included.
         targets: the targets that ``logps`` were scored against, shaped like it.
-        average: divide by the number of scored tokens.
+        average: divide by the number of scored tokens. Padded rows then need ``targets`` or ``mask``: padding is part
+            of no sum, but of every count.
 
     Returns:
         ``[B]`` or ``[S]``, float32 (float64 for float64).
@@ -69,10 +79,13 @@ def sequence_logps(
         TypeError, ValueError: a wrong dtype, shape, device, mask value or offset, by name.
     """
     where = "sequence_logps"
-    _inputs.tokens(where, cu_seqlens, logps=logps)
-    _inputs.sequences(where, "logps", logps, cu_seqlens)
-    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
-    return sequences.sequence_logps(logps, mask, cu_seqlens, average=average)
+    inputs.tokens(where, cu_seqlens, logps=logps)
+    inputs.sequences(where, "logps", logps, cu_seqlens)
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    if average:
+        _check_counted(where, "average=True", mask, cu_seqlens)
+    sums = sequence_sums(scored(logps, mask), cu_seqlens)
+    return divide(sums, sequence_lengths(logps, mask, cu_seqlens)) if average else sums
 
 
 def pair_logps(
@@ -93,23 +106,91 @@ def pair_logps(
     Args:
         logps: per token, padded ``[2B, T]``, or packed ``[N]`` with ``cu_seqlens [2B + 1]``.
         mask, targets: what is scored, as in ``sequence_logps``.
-        average: divide by the number of scored tokens.
+        average: divide by the number of scored tokens. Padded rows then need ``targets`` or ``mask``, and so they do
+            with ``ld_alpha``: padding is part of no sum, but of every count.
 
     Returns:
-        ``PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)``, each ``[B]``; lengths are int64.
+        ``PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)``, each ``[B]``; lengths are int64, and those of
+        padded rows without ``targets`` and ``mask`` are T.
 
     Raises:
         TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value, offset or ``ld_alpha``.
     """
     where = "pair_logps"
-    _inputs.tokens(where, cu_seqlens, logps=logps)
-    check_even(where, _inputs.sequences(where, "logps", logps, cu_seqlens))
+    inputs.tokens(where, cu_seqlens, logps=logps)
+    inputs.check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
     if ld_alpha is not None:
-        ld_alpha = _check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
-    mask = _inputs.scored(where, logps, mask, targets, ignore_index)
-    return sequences.pair_logps(logps, mask, cu_seqlens, ld_alpha=ld_alpha, average=average)
+        ld_alpha = check.number(where, "ld_alpha", ld_alpha, low=0.0, high=1.0)
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    if average or ld_alpha is not None:
+        _check_counted(where, "average=True" if average else "ld_alpha", mask, cu_seqlens)
+    logps = scored(logps, mask)
+    lengths = sequence_lengths(logps, mask, cu_seqlens)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    if ld_alpha is not None:
+        shared = per_token(torch.minimum(chosen_lengths, rejected_lengths).repeat(2), logps, cu_seqlens)
+        tail = _ordinals(logps, mask, cu_seqlens) > shared
+        logps = torch.where(tail, ld_alpha * logps, logps)
+    sums = sequence_sums(logps, cu_seqlens)
+    chosen, rejected = (divide(sums, lengths) if average else sums).chunk(2)
+    return PairLogps(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
-def check_even(where: str, count: int) -> None:
-    if count % 2:
-        _check.fail(where, f"pairs must come as 2B rows, all chosen then all rejected, got {count} rows")
+def wpo_weights(
+    logps: Tensor,
+    log_sum_sq_probs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    targets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The weights of pairs by how likely the policy would write them itself, https://arxiv.org/abs/2406.11827.
+
+    ``exp mean_t(lp - log sum_v p_v^2)`` of the chosen times that of the rejected: 1 where each token is as likely as a
+    token of the policy is on average. Rows are all chosen, then all rejected; a row of no tokens counts 1::
+
+        stats = pk.linear_token_logprobs(hidden, weight, targets, outputs=("logps", "log_sum_sq_probs"))
+        weights = pk.wpo_weights(stats.logps, stats.log_sum_sq_probs, targets=targets)
+        loss = pk.dpo_loss(*logps, weights=weights)        # linear_dpo_loss(use_weighting=True) does both
+
+    Args:
+        logps, log_sum_sq_probs: per token, padded ``[2B, T]``, or packed ``[N]`` with ``cu_seqlens [2B + 1]``.
+        mask, targets: what is scored, as in ``sequence_logps``; padded rows need one of them.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64), without a gradient.
+
+    Raises:
+        TypeError, ValueError: an odd number of rows; a wrong dtype, shape, device, mask value or offset, by name.
+    """
+    where = "wpo_weights"
+    inputs.tokens(where, cu_seqlens, logps=logps, log_sum_sq_probs=log_sum_sq_probs)
+    inputs.check_even(where, inputs.sequences(where, "logps", logps, cu_seqlens))
+    mask = inputs.scored(where, logps, mask, targets, ignore_index)
+    _check_counted(where, "a mean over tokens", mask, cu_seqlens)
+    with torch.no_grad():
+        aligned = scored(logps, mask) - scored(log_sum_sq_probs, mask)
+        means = divide(sequence_sums(aligned, cu_seqlens), sequence_lengths(aligned, mask, cu_seqlens))
+        chosen, rejected = means.exp().chunk(2)
+        return chosen * rejected
+
+
+def _check_counted(where: str, what: str, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """The scored tokens of padded rows are known: a count that padding is part of would give a plausible number."""
+    if mask is None and cu_seqlens is None:
+        check.fail(
+            where,
+            f"{what} counts the scored tokens of each row, and padding cannot be told from them: pass the targets "
+            "that logps were scored against, or a mask (all ones where no row is padded)",
+        )
+
+
+def _ordinals(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The number of scored tokens of its own sequence up to and with each token."""
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    counted = mask.cumsum(-1)
+    if cu_seqlens is None:
+        return counted
+    before = torch.nn.functional.pad(counted, (1, 0))[cu_seqlens]
+    return counted - before[sequence_ids(cu_seqlens, x.shape[0])]

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefkern.kernels.interface import Logits
 from prefkern.testing.inputs import HeadCase, head_case
 from prefkern.testing.oracles import HeadGrads, _cast, _logits, _wide
-from prefkern.types import LogitForm
 
 _INF = float("inf")
-_PLAIN = LogitForm()
+_PLAIN = Logits()
 
 
 class DivergenceCase(NamedTuple):
@@ -75,7 +75,7 @@ def divergence_case(
     )
 
 
-def _log_probs(tile: Tensor, form: LogitForm) -> tuple[Tensor, Tensor | float]:
+def _log_probs(tile: Tensor, form: Logits) -> tuple[Tensor, Tensor | float]:
     """Log-probabilities and the softcap's derivative."""
     none = torch.zeros(len(tile), dtype=torch.int64, device=tile.device)
     options = form._asdict()
@@ -111,8 +111,8 @@ def divergence_from_logits(
     *,
     beta: float,
     scored: Tensor | None = None,
-    form: LogitForm = _PLAIN,
-    ref_form: LogitForm = _PLAIN,
+    form: Logits = _PLAIN,
+    ref_form: Logits = _PLAIN,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The divergence of each row of ``logits [N, V]`` (or raw products) from ``ref_logits``; 0 where not ``scored``."""
@@ -127,8 +127,8 @@ def unscaled_divergence(
     *,
     beta: float,
     scored: Tensor | None = None,
-    form: LogitForm = _PLAIN,
-    ref_form: LogitForm = _PLAIN,
+    form: Logits = _PLAIN,
+    ref_form: Logits = _PLAIN,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """``dD / d tile`` without the row's factor ``logit_scale / temperature``, in closed form, rounded to ``dtype``.
@@ -154,8 +154,8 @@ def divergence_from_hidden(
     *,
     beta: float,
     scored: Tensor | None = None,
-    form: LogitForm = _PLAIN,
-    ref_form: LogitForm = _PLAIN,
+    form: Logits = _PLAIN,
+    ref_form: Logits = _PLAIN,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The divergence of two heads whose products are made (and rounded) in ``dtype``; their biases are the case's."""
@@ -172,8 +172,8 @@ def divergence_grads(
     *,
     beta: float,
     scored: Tensor | None = None,
-    form: LogitForm = _PLAIN,
-    ref_form: LogitForm = _PLAIN,
+    form: Logits = _PLAIN,
+    ref_form: Logits = _PLAIN,
     dtype: torch.dtype = torch.float64,
 ) -> HeadGrads:
     """Gradients of ``sum_t g_t D_t`` with respect to the policy's head, by autograd, in ``dtype``."""

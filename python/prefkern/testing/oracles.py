@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefkern.kernels.interface import RowStats
 from prefkern.testing.inputs import IGNORE
-from prefkern.types import RowStats
 
 _INF = float("inf")
 

@@ -4,11 +4,11 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
+use super::buffer::{Call, Dtype, Reader, Writer, shape_text};
 use super::ids::Column;
-use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
-use crate::collate::{Batch, Keep, Layout, Options, Sequences, Slots};
-use crate::ids::Ids;
-use crate::place;
+use crate::batches::collate::{Batch, Keep, Layout, Options, Sequences, Slots};
+use crate::batches::ids::Ids;
+use crate::batches::place_rows as placing;
 use crate::rows::Rows;
 
 /// The int64 offsets of the columns.
@@ -64,8 +64,8 @@ pub fn sequence_lengths(
     let options = (max_length, keep_end, interleaved, shifted);
     let sequences = sequences(&call, &names, &offsets, options)?;
     let lengths = lengths.slice_mut();
-    if lengths.len() != sequences.len() {
-        let (expected, got) = (sequences.len(), lengths.len());
+    if lengths.len() != sequences.count() {
+        let (expected, got) = (sequences.count(), lengths.len());
         return Err(call.value_error(format!("lengths must hold {expected} elements, got {got}")));
     }
     sequences
@@ -130,11 +130,11 @@ pub fn fill_sequences(
             )));
         }
     };
-    if shapes.iter().any(|shape| *shape != shapes[0]) || rows.len() != sequences.len() {
+    if shapes.iter().any(|shape| *shape != shapes[0]) || rows.count() != sequences.count() {
         let shapes: Vec<String> = shapes.iter().map(|shape| shape_text(shape)).collect();
         return Err(call.value_error(format!(
             "the outputs must have one shape with {} rows, got {}",
-            sequences.len(),
+            sequences.count(),
             shapes.join(", ")
         )));
     }
@@ -199,6 +199,6 @@ fn placed<T: Dtype>(
     };
     let (values, offsets, starts) = (values.slice(), offsets.slice(), starts.slice());
     let out = out.slice_mut();
-    py.detach(|| place::place(values, offsets, starts, (width, blank), out, threads))
+    py.detach(|| placing::place_rows(values, offsets, starts, (width, blank), out, threads))
         .map_err(|error| call.value_error(error))
 }

@@ -1,13 +1,15 @@
 //! `group_advantages`.
 
-use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
-use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer, shape_text};
-use crate::gae::Real;
-use crate::groups::{self, Groups, Method};
+use super::Array;
+use super::buffer::{Call, Dtype, Reader, Writer, shape_text};
+use super::detached::detached;
+use super::grid::{is_wide, same_shape};
+use crate::advantages::groups::{self, Groups, Method};
+use crate::failure::Stop;
 use crate::rows::name_rows;
+use crate::scan::Real;
 
 /// Fills `advantages` [B]; float32 or float64. Groups are int64 ids [B], or each `size` consecutive rows.
 #[pyfunction]
@@ -29,7 +31,7 @@ pub fn group_advantages(
         "whitened" => Method::Whitened,
         _ => return Err(call.value_error(format!("method is unknown: {method:?}"))),
     };
-    if PyUntypedBuffer::get(rewards).is_ok_and(|buffer| buffer.item_size() == 8) {
+    if is_wide(&call, "rewards", rewards)? {
         typed::<f64>(py, call, [rewards, advantages], ids, size, method)
     } else {
         typed::<f32>(py, call, [rewards, advantages], ids, size, method)
@@ -53,14 +55,14 @@ fn typed<T: Dtype + Real>(
         )));
     };
     let like = ("rewards", rewards.shape());
-    shapes::same_shape(&call, like, ("advantages", advantages.shape()))?;
+    same_shape(&call, like, ("advantages", advantages.shape()))?;
     if rows > u32::MAX as usize {
         return Err(call.value_error(format!("rewards must hold less than 2^32 rows, got {rows}")));
     }
     let ids: Option<Reader<i64>> = ids.map(|ids| call.read("groups", ids)).transpose()?;
     let groups = match &ids {
         Some(ids) => {
-            shapes::same_shape(&call, like, ("groups", ids.shape()))?;
+            same_shape(&call, like, ("groups", ids.shape()))?;
             Groups::Ids(ids.slice())
         }
         None if size == 0 || rows % size != 0 => {
@@ -80,6 +82,6 @@ fn typed<T: Dtype + Real>(
         )));
     }
     let (rewards, advantages) = (rewards.slice(), advantages.slice_mut());
-    py.detach(|| groups::advantages(rewards, &groups, method, advantages));
-    Ok(())
+    let work = |_: Stop<'_>| groups::advantages(rewards, &groups, method, advantages);
+    detached(py, work)
 }

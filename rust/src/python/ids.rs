@@ -4,8 +4,8 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
 use super::Array;
-use crate::buffer::{Call, Reader};
-use crate::ids::Ids;
+use super::buffer::{Call, Reader};
+use crate::batches::ids::Ids;
 
 /// An int32 or int64 column of token ids.
 pub enum Column {

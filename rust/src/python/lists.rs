@@ -4,8 +4,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::Array;
-use crate::buffer::{Call, Dtype, Writer};
-use crate::exact::{self, Exact};
+use super::buffer::{Call, Dtype, Writer, explained};
+use super::exact_lists::{self, Exact};
 
 /// Copies the numbers of a list (or tuple) of numbers, or with `nested` of lists (or tuples) of numbers, into `values`,
 /// int64 or float64, which holds exactly their number. An element that is no such number is named, as `name[row][position]`
@@ -55,9 +55,10 @@ where
             found.push(value);
             Ok(())
         }
-        Err(_) => {
+        Err(error) => {
             let got = describe(item);
-            Err(call.type_error(format!("{name}{row}[{position}] must be {kind}, got {got}")))
+            let message = format!("{name}{row}[{position}] must be {kind}, got {got}");
+            Err(explained(item.py(), error.into(), call.type_error(message)))
         }
     };
     if nested {
@@ -91,14 +92,15 @@ fn all_exact<T: Dtype + Exact>(
     let mut values: Writer<T> = call.write("values", values)?;
     let mut rest = values.slice_mut();
     if !nested {
-        return Ok(exact::copy(rows, rest));
+        return Ok(exact_lists::copy(rows, rest));
     }
     let mut copied = true;
     each(rows, |_, items| {
-        let cells = if copied { items.len()? } else { 0 };
-        match std::mem::take(&mut rest).split_at_mut_checked(cells) {
-            Some((cells, after)) if copied => {
-                copied = exact::copy(items, cells);
+        let cells = exact_lists::length(items).filter(|_| copied);
+        let taken = std::mem::take(&mut rest);
+        match cells.and_then(|cells| taken.split_at_mut_checked(cells)) {
+            Some((cells, after)) => {
+                copied = exact_lists::copy(items, cells);
                 rest = after;
             }
             _ => copied = false,

@@ -1,17 +1,20 @@
 //! Bindings: arguments are read as slices and checked, the interpreter is released, and the work is called.
 
+mod buffer;
 pub mod collate;
-pub mod flat;
+mod detached;
+mod exact_lists;
 pub mod gae;
+mod grid;
 pub mod groups;
 mod ids;
 pub mod lists;
 pub mod moments;
 pub mod packing;
-pub mod penalty;
+pub mod padding_free;
 pub mod returns;
 pub mod sampling;
-mod shapes;
+pub mod token_rewards;
 
 use pyo3::prelude::*;
 

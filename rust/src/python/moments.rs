@@ -1,16 +1,13 @@
 //! `masked_moments` and `standardise`.
 
-use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
-use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Source, Writer};
-use crate::gae::Real;
-use crate::moments::{self, Moments};
-
-fn is_wide(x: Array<'_, '_>) -> bool {
-    PyUntypedBuffer::get(x).is_ok_and(|buffer| buffer.item_size() == 8)
-}
+use super::Array;
+use super::buffer::{Call, Dtype, Reader, Source, Writer};
+use super::detached::detached;
+use super::grid::{flags, is_wide, same_shape};
+use crate::advantages::moments::{self, Moments};
+use crate::scan::Real;
 
 /// Count, mean and sum of squared deviations of float32 or float64 `x` where uint8 `mask` is not 0.
 #[pyfunction]
@@ -22,10 +19,11 @@ pub fn masked_moments(
     mask: Option<Array<'_, '_>>,
     threads: usize,
 ) -> PyResult<(usize, f64, f64)> {
-    let found = if is_wide(x) {
-        typed_moments::<f64>(py, Call::new(place), x, mask, threads)?
+    let call = Call::new(place);
+    let found = if is_wide(&call, "x", x)? {
+        typed_moments::<f64>(py, call, x, mask, threads)?
     } else {
-        typed_moments::<f32>(py, Call::new(place), x, mask, threads)?
+        typed_moments::<f32>(py, call, x, mask, threads)?
     };
     Ok((found.count, found.mean, found.m2))
 }
@@ -38,15 +36,15 @@ fn typed_moments<T: Dtype + Real>(
     threads: usize,
 ) -> PyResult<Moments> {
     let x: Reader<T> = call.read("x", x)?;
-    let mask = shapes::flags(&mut call, "mask", mask, ("x", x.shape()))?;
+    let mask = flags(&mut call, "mask", mask, ("x", x.shape()))?;
     let (x, mask) = (x.slice(), mask.as_ref().map(Reader::slice));
-    Ok(py.detach(|| Moments::of(x, mask, threads)))
+    detached(py, |_| Moments::of(x, mask, threads))
 }
 
-/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64. `out` may be
-/// `x`, where that is 0 wherever `mask` is.
+/// `out = (x - center) * scale + shift` where uint8 `mask` is not 0, and 0 elsewhere; float32 or float64, rounded
+/// once. `out` may be `x`.
 #[pyfunction]
-#[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, exact=true, threads=1))]
+#[pyo3(signature = (place, x, out, *, center, scale, shift, mask=None, threads=1))]
 #[expect(clippy::too_many_arguments)]
 pub fn standardise(
     py: Python<'_>,
@@ -57,14 +55,13 @@ pub fn standardise(
     scale: f64,
     shift: f64,
     mask: Option<Array<'_, '_>>,
-    exact: bool,
     threads: usize,
 ) -> PyResult<()> {
     let (call, line) = (Call::new(place), [center, scale, shift]);
-    if is_wide(x) {
-        typed_standardise::<f64>(py, call, [x, out], mask, (line, exact), threads)
+    if is_wide(&call, "x", x)? {
+        typed_standardise::<f64>(py, call, [x, out], mask, line, threads)
     } else {
-        typed_standardise::<f32>(py, call, [x, out], mask, (line, exact), threads)
+        typed_standardise::<f32>(py, call, [x, out], mask, line, threads)
     }
 }
 
@@ -73,18 +70,18 @@ fn typed_standardise<T: Dtype + Real>(
     mut call: Call,
     [x, out]: [Array<'_, '_>; 2],
     mask: Option<Array<'_, '_>>,
-    (line, exact): ([f64; 3], bool),
+    line: [f64; 3],
     threads: usize,
 ) -> PyResult<()> {
     let mut out: Writer<T> = call.write("out", out)?;
     let x: Source<T> = call.read_in_place("x", x, &[&out])?;
-    shapes::same_shape(&call, ("x", x.shape(&[&out])), ("out", out.shape()))?;
-    let mask = shapes::flags(&mut call, "mask", mask, ("x", x.shape(&[&out])))?;
+    same_shape(&call, ("x", x.shape()), ("out", out.shape()))?;
+    let mask = flags(&mut call, "mask", mask, ("x", x.shape()))?;
     let x = match &x {
         Source::Separate(x) => Some(x.slice()),
-        Source::Output(_) => None,
+        Source::Output { .. } => None,
     };
     let (mask, out) = (mask.as_ref().map(Reader::slice), out.slice_mut());
-    py.detach(|| moments::standardise(x, mask, line, exact, out, threads));
+    py.detach(|| moments::standardise(x, mask, line, out, threads));
     Ok(())
 }

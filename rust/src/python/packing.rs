@@ -3,8 +3,10 @@
 use pyo3::prelude::*;
 
 use super::Array;
-use crate::buffer::{Call, Reader, Writer};
-use crate::packing;
+use super::buffer::{Call, Reader, Writer};
+use super::detached::detached;
+use crate::batches::packing;
+use crate::failure::Stop;
 use crate::rows::name_rows;
 
 /// Best-fit decreasing of int64 `lengths` [n] into `order` [n] and `offsets` [n + 1]; returns (items placed, bins).
@@ -27,7 +29,8 @@ pub fn pack(
         );
     }
     check_lengths(&call, lengths, Some(("capacity", capacity)))?;
-    let placed = py.detach(|| packing::pack(lengths, capacity, order, offsets));
+    let work = |stop: Stop<'_>| packing::pack(lengths, capacity, order, offsets, stop);
+    let placed = detached(py, work)?;
     Ok((placed.items, placed.bins))
 }
 

@@ -1,25 +1,13 @@
 //! `discounted_returns`.
 
-use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 
-use super::{Array, shapes};
-use crate::buffer::{Call, Dtype, Reader, Writer};
-use crate::gae::{Masked, Real};
-use crate::returns::Discounted;
-
-/// What `discounted_returns` was called with, before the element type is known.
-struct Arguments<'a, 'py> {
-    rewards: Array<'a, 'py>,
-    returns: Array<'a, 'py>,
-    terminated: Option<Array<'a, 'py>>,
-    mask: Option<Array<'a, 'py>>,
-    bootstrap: Option<Array<'a, 'py>>,
-    cu_seqlens: Option<Array<'a, 'py>>,
-    gamma: f64,
-    masked: Masked,
-    threads: usize,
-}
+use super::Array;
+use super::buffer::{Call, Dtype, Reader, Writer};
+use super::grid::{Cells, Given, is_wide, masked, same_shape};
+use crate::advantages::gae::Masked;
+use crate::advantages::returns::Discounted;
+use crate::scan::Real;
 
 /// Fills `returns`; float32 or float64, [B, T], or [N] with `cu_seqlens`; flags are uint8.
 #[pyfunction]
@@ -38,52 +26,39 @@ pub fn discounted_returns(
     threads: usize,
 ) -> PyResult<()> {
     let call = Call::new("prefkern.data.discounted_returns");
-    let masked = shapes::masked(&call, masked)?;
-    let arguments = Arguments {
-        rewards,
-        returns,
-        terminated,
+    let options = (gamma, self::masked(&call, masked)?, threads);
+    let given = Given {
         mask,
+        terminated,
         bootstrap,
         cu_seqlens,
-        gamma,
-        masked,
-        threads,
     };
-    if PyUntypedBuffer::get(rewards).is_ok_and(|buffer| buffer.item_size() == 8) {
-        typed::<f64>(py, call, arguments)
+    if is_wide(&call, "rewards", rewards)? {
+        typed::<f64>(py, call, [rewards, returns], &given, options)
     } else {
-        typed::<f32>(py, call, arguments)
+        typed::<f32>(py, call, [rewards, returns], &given, options)
     }
 }
 
 fn typed<T: Dtype + Real>(
     py: Python<'_>,
     mut call: Call,
-    given: Arguments<'_, '_>,
+    [rewards, returns]: [Array<'_, '_>; 2],
+    given: &Given<'_, '_>,
+    (gamma, masked, threads): (f64, Masked, usize),
 ) -> PyResult<()> {
-    let mut returns: Writer<T> = call.write("returns", given.returns)?;
-    let rewards: Reader<T> = call.read("rewards", given.rewards)?;
+    let mut returns: Writer<T> = call.write("returns", returns)?;
+    let rewards: Reader<T> = call.read("rewards", rewards)?;
     let like = ("rewards", rewards.shape());
-    shapes::same_shape(&call, like, ("returns", returns.shape()))?;
-    let terminated = shapes::flags(&mut call, "terminated", given.terminated, like)?;
-    let mask = shapes::flags(&mut call, "mask", given.mask, like)?;
-    let offsets = shapes::offsets(&mut call, given.cu_seqlens)?;
-    let rows = shapes::rows(&call, like, offsets.as_ref())?;
-    let bootstrap: Option<Reader<T>> = given
-        .bootstrap
-        .map(|array| shapes::per_row(&mut call, "bootstrap", array, rows.len()))
-        .transpose()?;
+    same_shape(&call, like, ("returns", returns.shape()))?;
+    let cells = Cells::read(&mut call, like, given)?;
     let problem = Discounted {
         rewards: rewards.slice(),
-        terminated: terminated.as_ref().map(Reader::slice),
-        mask: mask.as_ref().map(Reader::slice),
-        bootstrap: bootstrap.as_ref().map(Reader::slice),
-        rows,
-        gamma: given.gamma,
-        masked: given.masked,
+        grid: cells.grid(),
+        gamma,
+        masked,
     };
     let returns = returns.slice_mut();
-    py.detach(|| problem.run(returns, given.threads));
+    py.detach(|| problem.run(returns, threads));
     Ok(())
 }

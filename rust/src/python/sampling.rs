@@ -3,10 +3,12 @@
 use pyo3::prelude::*;
 
 use super::Array;
+use super::buffer::{Call, Reader, Writer};
+use super::detached::detached;
 use super::packing::check_lengths;
-use crate::balance;
-use crate::batches::{self, Cost};
-use crate::buffer::{Call, Reader, Writer};
+use crate::batches::balance;
+use crate::batches::token_batches::{self as batches, Cost, Refused};
+use crate::failure::Stop;
 
 /// The part of each of int64 `lengths` [n], into int64 `part_of` [n].
 #[pyfunction]
@@ -36,8 +38,8 @@ pub fn balance_lengths(
             "k must divide the number of lengths with equal_size=True, got {count} lengths and k={parts}"
         )));
     }
-    py.detach(|| balance::balance(lengths, parts, equal, part_of));
-    Ok(())
+    let work = |stop: Stop<'_>| balance::balance(lengths, parts, equal, part_of, stop);
+    detached(py, work)
 }
 
 /// Batches of int64 `lengths` [n] within `budget` into int64 `order` [n] and `offsets` [n + 1]; returns their number.
@@ -70,11 +72,18 @@ pub fn token_batches(
         return Err(call.value_error("ranks must be at least 1, got 0"));
     }
     let cost = if padded { Cost::Padded } else { Cost::Tokens };
-    let made = py.detach(|| batches::batches(lengths, (budget, cost), ranks, (seed, epoch), order));
-    let bounds = made.map_err(|target| {
+    let work = |stop: Stop<'_>| {
+        let given = (budget, cost);
+        match batches::token_batches(lengths, given, ranks, (seed, epoch), order, stop) {
+            Err(Refused::Failed(failure)) => Err(failure),
+            Err(Refused::Number(target)) => Ok(Err(target)),
+            Ok(bounds) => Ok(Ok(bounds)),
+        }
+    };
+    let bounds = detached(py, work)?.map_err(|target| {
         call.value_error(format!(
-            "{} rows cannot make {target} batches, the least multiple of ranks={ranks} that budget={budget} allows: lower \
-             ranks, raise budget or add rows",
+            "{} rows cannot make {target} batches, the least multiple of ranks={ranks} that budget={budget} allows: \
+             lower ranks, raise budget or add rows",
             lengths.len()
         ))
     })?;

@@ -1,5 +1,5 @@
-"""From scores to advantages: the KL penalty, the score, whitening, generalised advantage estimation; on the CPU, in
-Rust, over the episodes of all processes."""
+"""From scores to advantages: the KL penalty with its coefficient, the score, whitening, generalised advantage
+estimation; on the CPU, in Rust, over the episodes of all processes."""
 
 import torch
 
@@ -51,3 +51,19 @@ def fill(rollout: Rollout, args: PPOConfig, kl_coef: float) -> None:
     if args.whiten_advantages:
         advantages = data.whiten(advantages, mask=mask)
     rollout.rewards, rollout.advantages, rollout.returns = rewards, advantages, returns
+
+
+class KLController:
+    """``coef``, the coefficient of the KL penalty, fixed or steered towards a target after each step:
+    `Fine-Tuning Language Models from Human Preferences <https://arxiv.org/abs/1909.08593>`_, section 2.2."""
+
+    def __init__(self, args: PPOConfig) -> None:
+        self._args = args
+        self.coef = args.kl_coef
+
+    def update(self, kl: float | None, episodes: int) -> None:
+        """Takes the KL of the last rollout, summed over a response and averaged over its ``episodes``."""
+        if self._args.kl_controller == "fixed" or kl is None:
+            return
+        error = min(max(kl / self._args.kl_target - 1.0, -0.2), 0.2)
+        self.coef *= 1.0 + error * episodes / self._args.kl_horizon

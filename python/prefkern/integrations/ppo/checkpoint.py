@@ -7,55 +7,53 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prefkern import _check
-from prefkern._check import require
+from prefkern import check
+from prefkern.check import require
+from prefkern.integrations.ppo.state import State
 
-if TYPE_CHECKING:
-    from prefkern.integrations.ppo.trainer import PPOTrainer
-
-STATE = "ppo.json"
+NUMBERS = "ppo.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save(trainer: "PPOTrainer", folder: Path | None = None) -> Path:
-    """Model, optimiser and random state of every process, by accelerate; the trainer's own numbers beside them."""
-    target = folder or Path(trainer.args.output_dir) / f"checkpoint-{trainer.global_step}"
-    with _whole(trainer, target) as partial:
-        trainer.accelerator.save_state(str(partial), safe_serialization=False)
-        if trainer.accelerator.is_main_process:
-            state = {
-                "global_step": trainer.global_step,
-                "episode": trainer.episode,
-                "kl_coef": trainer.controller.coef,
-                "history": trainer.history,
-                "args": trainer.args.to_dict(),
+def save(state: State, folder: Path | None = None) -> Path:
+    """Model, optimiser and random state of every process, by accelerate; the run's own numbers beside them."""
+    target = folder or Path(state.args.output_dir) / f"checkpoint-{state.global_step}"
+    with _whole(state, target) as partial:
+        state.accelerator.save_state(str(partial), safe_serialization=False)
+        if state.accelerator.is_main_process:
+            numbers = {
+                "global_step": state.global_step,
+                "episode": state.episode,
+                "kl_coef": state.controller.coef,
+                "history": state.history,
+                "args": state.args.to_dict(),
             }
-            (partial / STATE).write_text(json.dumps(state))  # floats are written so that they read back exactly
-    if folder is None and trainer.args.save_total_limit and trainer.accelerator.is_main_process:
-        for old in _all(target.parent)[: -trainer.args.save_total_limit]:
+            (partial / NUMBERS).write_text(json.dumps(numbers))  # floats are written so that they read back exactly
+    if folder is None and state.args.save_total_limit and state.accelerator.is_main_process:
+        for old in _all(target.parent)[: -state.args.save_total_limit]:
             shutil.rmtree(old)
     return target
 
 
-def load(trainer: "PPOTrainer", folder: Path) -> None:
-    file = folder / STATE
+def load(state: State, folder: Path) -> None:
+    file = folder / NUMBERS
     if not file.is_file():
-        _check.fail("PPOTrainer", f"{folder} must be a checkpoint of this trainer, got a folder without {STATE}")
-    state = json.loads(file.read_text())
+        check.fail("PPOTrainer", f"{folder} must be a checkpoint of this trainer, got a folder without {NUMBERS}")
+    numbers = json.loads(file.read_text())
     changed = {
         name: (value, now)
-        for name, now in plain(trainer.args.to_dict()).items()
-        if name in _SAME and (value := plain(state["args"]).get(name)) != now
+        for name, now in plain(state.args.to_dict()).items()
+        if name in _SAME and (value := plain(numbers["args"]).get(name)) != now
     }
     if changed:
         found = "; ".join(f"{name}: {value!r} there, {now!r} here" for name, (value, now) in changed.items())
-        _check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
-    trainer.accelerator.load_state(str(folder))
-    trainer.global_step, trainer.episode = state["global_step"], state["episode"]
-    trainer.controller.coef = state["kl_coef"]
-    trainer.history = state["history"]
+        check.fail("PPOTrainer", f"{folder} must have been saved with the options of this run, got {found}")
+    state.accelerator.load_state(str(folder))
+    state.global_step, state.episode = numbers["global_step"], numbers["episode"]
+    state.controller.coef = numbers["kl_coef"]
+    state.history = numbers["history"]
 
 
 _SAME = ("seed", "batch_size")
@@ -72,33 +70,33 @@ def _all(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def save_pretrained(trainer: "PPOTrainer", folder: Path) -> None:
+def save_pretrained(state: State, folder: Path) -> None:
     safetensors = require("safetensors.torch", "PPOTrainer.save_pretrained", "pip install 'prefkern[ppo]'")
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    with _whole(trainer, folder) as partial:
-        if not trainer.accelerator.is_main_process:
+    weights = state.accelerator.get_state_dict(state.model)
+    with _whole(state, folder) as partial:
+        if not state.accelerator.is_main_process:
             return
         policy = {name.removeprefix("policy."): value for name, value in weights.items() if name.startswith("policy.")}
         value = {name: tensor.contiguous() for name, tensor in weights.items() if name.startswith("value_")}
-        model = trainer.accelerator.unwrap_model(trainer.model).policy
+        model = state.accelerator.unwrap_model(state.model).policy
         model.save_pretrained(partial, state_dict=policy)
         safetensors.save_file(value, str(partial / "value_model.safetensors"))
-        if trainer.tokenizer is not None:
-            trainer.tokenizer.save_pretrained(partial)
+        if state.tokenizer is not None:
+            state.tokenizer.save_pretrained(partial)
 
 
 @contextlib.contextmanager
-def _whole(trainer: "PPOTrainer", target: Path) -> Iterator[Path]:
+def _whole(state: State, target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``target`` when all processes have written and all is on disk. Until then,
     and where it fails, ``target`` is what it was."""
     partial = target.with_name(f".{target.name}.partial")
-    main = trainer.accelerator.is_main_process
+    main = state.accelerator.is_main_process
     if main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
+    state.accelerator.wait_for_everyone()
     yield partial
-    trainer.accelerator.wait_for_everyone()
+    state.accelerator.wait_for_everyone()
     if main:
         for file in partial.rglob("*"):
             if file.is_file():
@@ -114,7 +112,7 @@ def _whole(trainer: "PPOTrainer", target: Path) -> Iterator[Path]:
             os.fsync(handle)
             os.close(handle)
         shutil.rmtree(old, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    state.accelerator.wait_for_everyone()
 
 
 def plain(options: dict[str, Any]) -> dict[str, Any]:

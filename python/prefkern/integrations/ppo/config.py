@@ -2,17 +2,41 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from prefkern import _check
+from prefkern import check
+from prefkern.integrations.ppo import names
 
 WHERE = "PPOConfig"
+C = TypeVar("C")
 
 
-@dataclass(kw_only=True)
+def _in_sentences(config: type[C]) -> type[C]:
+    """Answers names that are not options, and refuses changes, in sentences."""
+    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+
+    def refuse(self: object, name: str, *_: object) -> None:
+        names.refuse_unknown(WHERE, [name], fields, names.OPTIONS)
+        raise dataclasses.FrozenInstanceError(
+            f"prefkern.{WHERE}: {name} is fixed once the options are made, as a trainer reads some of them when it is "
+            f"made only: make others with dataclasses.replace(options, {name}=...)"
+        )
+
+    for method, own in (
+        ("__init__", names.answered(WHERE, names.OPTIONS)(config.__init__)),
+        ("__setattr__", refuse),
+        ("__delattr__", refuse),
+    ):
+        setattr(config, method, own)
+    return config
+
+
+@_in_sentences
+@dataclass(kw_only=True, frozen=True)
 class PPOConfig:
-    """Options of `PPOTrainer`, checked when made.
+    """Options of `PPOTrainer`, checked when made and fixed from then on: ``dataclasses.replace`` makes others of them.
 
     Attributes:
         learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
@@ -23,18 +47,19 @@ class PPOConfig:
 
         batch_size: episodes (one query with its response) in a step of `PPOTrainer.train`, over all processes.
         mini_batch_size, num_mini_batches: episodes between two optimiser steps, over all processes, or the number of
-            parts a rollout is cut into; one of them (by default one part).
+            parts a rollout is cut into; one of them, or both where they agree (by default one part).
         per_device_train_batch_size, gradient_accumulation_steps: episodes of one forward and backward on one process,
-            or the number of parts a mini-batch is cut into there; one of them (by default one part). Neither changes a
-            gradient: every part is divided by the token count of the whole mini-batch.
+            or the number of parts a mini-batch is cut into there; one of them, or both where they agree (by default one
+            part). Neither changes a gradient: every part is divided by the token count of the whole mini-batch.
         local_rollout_forward_batch_size: episodes of one forward without a gradient, on one process.
         num_ppo_epochs: passes over each rollout.
         total_episodes: what `PPOTrainer.train` runs; by default the dataset once.
 
         response_length: the most tokens that are generated.
         temperature: of sampling, and of all log-probabilities.
-        stop_token, stop_token_id: ``"eos"``, or the id, at which a response ends. By default the tokenizer's.
-        missing_eos_penalty: subtracted from the score of a response without that token.
+        stop_token, stop_token_id: ``"eos"``, or the id or ids at any of which a response ends. By default, where there
+            is a tokenizer, its end and those of the model's ``generation_config`` (``"eos"``: also without one).
+        missing_eos_penalty: subtracted from the score of a response without any of them.
 
         kl_coef, kl_estimator: the penalty on ``KL(policy || reference)`` and its estimate: k1 ``-x``, k2 ``x^2 / 2``,
             k3 ``e^x - x - 1``, ``x = lp_ref - lp``.
@@ -63,7 +88,8 @@ class PPOConfig:
         seed: of everything random.
 
         output_dir, save_steps, save_total_limit: a checkpoint every so many steps of `PPOTrainer.train`, the newest so
-            many kept. logging_steps: of trackers. report_to: names of accelerate's trackers. disable_tqdm.
+            many kept. logging_steps: of trackers. report_to: names of accelerate's trackers (``"none"`` is None).
+            disable_tqdm.
     """
 
     learning_rate: float = 3e-6
@@ -87,7 +113,7 @@ class PPOConfig:
     response_length: int = 53
     temperature: float = 0.7
     stop_token: Literal["eos"] | None = None
-    stop_token_id: int | None = None
+    stop_token_id: int | Sequence[int] | None = None
     missing_eos_penalty: float | None = None
 
     kl_coef: float = 0.05
@@ -121,7 +147,7 @@ class PPOConfig:
     save_steps: int | None = None
     save_total_limit: int | None = 2
     logging_steps: int = 1
-    report_to: str | tuple[str, ...] | None = None
+    report_to: str | Sequence[str] | None = None
     disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
@@ -132,21 +158,69 @@ class PPOConfig:
         for name, interval in _REAL.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                setattr(self, name, _check.number(WHERE, name, value, **interval))
+                self._set(name, check.number(WHERE, name, value, **interval))
         for name, allowed in _CHOICES.items():
-            _check.one_of(WHERE, name, getattr(self, name), allowed)
-        for first, second in _EITHER:
-            if getattr(self, first) is not None and getattr(self, second) is not None:
-                _check.fail(WHERE, f"{first} and {second} say the same thing: give one of them, not both")
+            check.one_of(WHERE, name, getattr(self, name), allowed)
+        self._set("stop_token_id", self._stop_token_ids())
+        self._set("report_to", self._trackers())
+        if self.stop_token is not None and self.stop_token_id is not None:
+            check.fail(WHERE, "stop_token and stop_token_id say the same thing: give one of them, not both")
+        if self.mini_batch_size is not None and self.num_mini_batches is not None:
+            made = math.ceil(self.batch_size / self.mini_batch_size)
+            if made != self.num_mini_batches:
+                check.fail(
+                    WHERE,
+                    "mini_batch_size and num_mini_batches say the same thing: give one of them, or both so that they "
+                    f"agree: batch_size={self.batch_size} in mini-batches of {self.mini_batch_size} makes {made}, "
+                    f"got num_mini_batches={self.num_mini_batches}",
+                )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
-            _check.fail(
+            check.fail(
                 WHERE,
                 "kl_in='loss' needs kl_estimator='k2' or 'k3', got 'k1', whose gradient knows no reference",
             )
 
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def _whole(self, name: str, value: Any, low: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            _check.fail(WHERE, f"{name} must be an integer of at least {low}, got {value!r}")
+            check.fail(WHERE, f"{name} must be an integer of at least {low}, got {value!r}")
+
+    def _stop_token_ids(self) -> int | tuple[int, ...] | None:
+        given = self.stop_token_id
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            if given is not None:
+                self._whole("stop_token_id", given, 0)
+            return given
+        if not given:
+            check.fail(WHERE, "stop_token_id must be an id or several, got none: None leaves it to the tokenizer")
+        for index, each in enumerate(given):
+            self._whole(f"stop_token_id[{index}]", each, 0)
+        return tuple(given)
+
+    def _trackers(self) -> str | tuple[str, ...] | None:
+        given = (self.report_to,) if isinstance(self.report_to, str) else self.report_to
+        if given is None or (isinstance(given, Sequence) and list(given) in ([], ["none"])):
+            return None
+        if not isinstance(given, Sequence) or not all(isinstance(each, str) for each in given):
+            check.fail_type(WHERE, f"report_to must be names of trackers, or 'none', got {type(given).__name__}")
+        return self.report_to if isinstance(self.report_to, str) else tuple(given)
+
+    def check_processes(self, processes: int) -> None:
+        """Refuses ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` that do not agree."""
+        size, steps = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if size is None or steps is None:
+            return
+        mini = math.ceil(self.batch_size / self.parts(self.batch_size))
+        made = math.ceil(mini / (size * processes))
+        if made != steps:
+            check.fail(
+                WHERE,
+                "per_device_train_batch_size and gradient_accumulation_steps say the same thing: give one of them, or "
+                f"both so that they agree: a mini-batch of {mini} episodes on {processes} "
+                f"process{'es' * (processes > 1)} in parts of {size} makes {made}, got {steps}",
+            )
 
     def parts(self, episodes: int) -> int:
         """The number of mini-batches that so many episodes are cut into."""
@@ -179,7 +253,6 @@ _WHOLE = {
     "num_ppo_epochs": 1,
     "total_episodes": 1,
     "response_length": 1,
-    "stop_token_id": 0,
     "kl_horizon": 1,
     "max_head_memory": 0,
     "seed": 0,
@@ -214,7 +287,6 @@ _OPTIONAL = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "total_episodes",
-    "stop_token_id",
     "max_head_memory",
     "save_steps",
     "save_total_limit",
@@ -234,8 +306,3 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "reference": ("auto", "given"),
     "mixed_precision": ("no", "bf16", "fp16", None),
 }
-_EITHER = (
-    ("mini_batch_size", "num_mini_batches"),
-    ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    ("stop_token", "stop_token_id"),
-)

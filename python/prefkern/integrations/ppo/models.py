@@ -1,7 +1,8 @@
 """The policy with its value function, in one module, and the reference.
 
 The head is called inside this module's forward, where DDP counts the gradients and FSDP2 has gathered the parameters;
-logits over the vocabulary are never made. A value head on the policy's own trunk costs no second pass.
+logits over the vocabulary are never made. What the model does around its output matrix is found by `head_of`. A value
+head on the policy's own trunk costs no second pass.
 """
 
 import contextlib
@@ -13,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefkern import _check
+from prefkern.head.logprobs import linear_token_logprobs
 from prefkern.integrations.ppo.config import PPOConfig
-from prefkern.logprobs import linear_token_logprobs
-from prefkern.objectives.reduce import widen
-
-WHERE = "PPOTrainer"
+from prefkern.integrations.transformers import head_of, last_hidden
+from prefkern.integrations.transformers.known import known
+from prefkern.losses.reduce import widen
 
 
 class Batch(NamedTuple):
@@ -52,8 +52,8 @@ class ActorCritic(nn.Module):
             return
         width = policy.get_output_embeddings().weight.shape[1]
         if value_model is not None:
-            self.value_trunk = _plain(value_model).base_model
-            self.value_head = getattr(_plain(value_model), "score", None)
+            self.value_trunk = plain_model(value_model).base_model
+            self.value_head = getattr(plain_model(value_model), "score", None)
             width = text_config(value_model).hidden_size
         if self.value_head is None:
             dtype = torch.float64 if policy.dtype == torch.float64 else torch.float32
@@ -74,24 +74,24 @@ class ActorCritic(nn.Module):
     ) -> Scores:
         """``adapter=False``: the reference of a peft model, which is the same weights with the adapter switched off."""
         with contextlib.nullcontext() if adapter else self.policy.disable_adapter():
-            hidden = self._hidden(_plain(self.policy).base_model, batch)
-        head = self.policy.get_output_embeddings()
+            hidden = last_hidden(self.policy, batch.input_ids, batch.attention_mask)
+            head = head_of(self.policy, check=False)  # compared when the trainer was made
+        hidden = hidden.flatten(0, 1).index_select(0, batch.cells)
         stats = linear_token_logprobs(
             hidden,
-            head.weight,
-            batch.targets,
-            bias=head.bias,
+            targets=batch.targets,
             temperature=temperature,
             outputs=("logps", "entropy") if entropy else ("logps",),
             entropy_grad=entropy_grad,
             max_memory=max_memory,
             num_scored=batch.num_scored,
-            **head_options(text_config(self.policy)),
+            **head,
         )
         value = None
         if values:
             if self.value_trunk is not None:
-                hidden = self._hidden(self.value_trunk, batch)
+                trunk = self.value_trunk(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+                hidden = trunk.last_hidden_state.flatten(0, 1).index_select(0, batch.cells)
             with torch.autocast(hidden.device.type, enabled=False):
                 value = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
             value = widen(value).clone()
@@ -101,30 +101,10 @@ class ActorCritic(nn.Module):
     def generate(self, **options: Any) -> Any:
         return self.policy.generate(**options)
 
-    @staticmethod
-    def _hidden(trunk: Any, batch: Batch) -> Tensor:
-        """The last hidden states of the cells, ``[n, H]``."""
-        output = trunk(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, batch.cells)
 
-
-def head_options(config: Any) -> dict[str, Any]:
-    """How the model makes logits of the product, from the names that configurations have for it."""
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    return {
-        "logit_scale": 1.0 if scale is None else float(scale),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-    }
+def ignores_left_padding(policy: Any) -> bool:
+    """Whether the hidden states of a row padded on the left are those of the row alone, as far as that was compared."""
+    return known(plain_model(policy)).positions != "right"
 
 
 def is_peft(model: Any) -> bool:
@@ -132,7 +112,7 @@ def is_peft(model: Any) -> bool:
 
 
 def text_config(model: Any) -> Any:
-    return _plain(model).config.get_text_config()
+    return plain_model(model).config.get_text_config()
 
 
 def prepare_sharded(model: nn.Module) -> bool:
@@ -146,54 +126,9 @@ def prepare_sharded(model: nn.Module) -> bool:
     return True
 
 
-def _plain(model: Any) -> Any:
+def plain_model(model: Any) -> Any:
     """The transformers model inside a peft one."""
     return model.get_base_model() if is_peft(model) else model
-
-
-def check_policy(name: str, model: Any) -> None:
-    """A causal language model of transformers, with an ordinary head."""
-    if not hasattr(model, "get_output_embeddings") or getattr(_plain(model), "base_model", None) in (
-        None,
-        _plain(model),
-    ):
-        _check.fail_type(
-            WHERE, f"{name} must be a causal language model of transformers (or peft), got {type(model).__name__}"
-        )
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or hasattr(head, "lora_A"):
-        _check.fail(
-            WHERE,
-            f"{name} must have a plain linear output layer, got {type(head).__name__}: leave it out of the adapter's "
-            "target_modules and modules_to_save, or merge the adapter first",
-        )
-    if is_peft(model) and model.active_peft_config.is_prompt_learning:
-        _check.fail(WHERE, f"{name} must not have a prompt-learning adapter, whose virtual tokens shift every position")
-
-
-def check_reference(model: Any, ref_model: Any) -> None:
-    check_policy("ref_model", ref_model)
-    if ref_model is model:
-        _check.fail(WHERE, "ref_model must be another object than model (None makes a frozen copy)")
-    vocabularies = [each.get_output_embeddings().weight.shape[0] for each in (model, ref_model)]
-    if vocabularies[0] != vocabularies[1]:
-        _check.fail(
-            WHERE,
-            "model and ref_model must have one vocabulary, got "
-            f"{vocabularies[0]} and {vocabularies[1]} rows in their output layers",
-        )
-
-
-def check_value_model(value_model: Any) -> None:
-    if not hasattr(_plain(value_model), "base_model") or not hasattr(value_model, "config"):
-        _check.fail_type(
-            WHERE,
-            "value_model must be a model of transformers, such as AutoModelForSequenceClassification with "
-            f"num_labels=1, got {type(value_model).__name__}",
-        )
-    score = getattr(_plain(value_model), "score", None)
-    if score is not None and score.weight.shape[0] != 1:
-        _check.fail(WHERE, f"value_model must have one label (num_labels=1), got {score.weight.shape[0]}")
 
 
 def make_reference(model: Any, ref_model: Any, args: PPOConfig) -> ActorCritic | None:
@@ -203,24 +138,12 @@ def make_reference(model: Any, ref_model: Any, args: PPOConfig) -> ActorCritic |
         if args.reference == "given" or is_peft(model) or not args.kl_coef:
             return None
         ref_model = copy.deepcopy(model)
-    else:
-        check_reference(model, ref_model)
     return ActorCritic(ref_model.eval().requires_grad_(False), critic=False)
-
-
-def without_dropout(module: nn.Module) -> nn.Module:
-    """Old and new log-probabilities must differ by the update only: dropout is off, as in TRL."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(getattr(part, "attention_dropout", None), float):
-            part.attention_dropout = 0.0  # type: ignore[assignment]
-    return module
 
 
 def checkpoint_activations(model: Any) -> None:
     """Gradient checkpointing of the trunk, by the name that the installed transformers has for it."""
-    plain = _plain(model)
+    plain = plain_model(model)
     enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
     enable()
     if is_peft(model):
@@ -231,7 +154,7 @@ def checkpoint_activations(model: Any) -> None:
 def plain_generation(policy: Any, transformers: Any) -> Iterator[None]:
     """Without the model's own defaults (a stop token, top-k, penalties), which ``generate`` would merge into what it
     is told: samples must come from the distribution that is scored."""
-    owners = [policy, _plain(policy)]
+    owners = [policy, plain_model(policy)]
     own = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = transformers.GenerationConfig()

@@ -1,7 +1,7 @@
 """The updates of a step: epochs, mini-batches, their parts, the losses, the early stop."""
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,67 +10,63 @@ from torch import Tensor
 from prefkern.integrations.ppo.config import PPOConfig
 from prefkern.integrations.ppo.models import Scores
 from prefkern.integrations.ppo.rollout import Rollout, Rows, deal, mini_batches
+from prefkern.integrations.ppo.state import State
 from prefkern.integrations.ppo.stats import Means
 from prefkern.losses import ppo_loss, value_loss
-from prefkern.objectives.reduce import masked_mean
-
-if TYPE_CHECKING:
-    from prefkern.integrations.ppo.trainer import PPOTrainer
+from prefkern.losses.reduce import masked_mean
 
 
-def optimise(trainer: "PPOTrainer", rollout: Rollout) -> dict[str, float]:
+def optimise(state: State, rollout: Rollout) -> dict[str, float]:
     """All updates of one rollout; what they report, averaged over them."""
-    args, means, updates, norms, stopped = trainer.args, Means(), 0, [], False
-    trainer.model.train()
-    trainer.accelerator.sync_gradients = True  # shared in a process: off where another's accumulation was interrupted
+    args, means, updates, norms, stopped = state.args, Means(), 0, [], False
+    state.model.train()
+    state.accelerator.sync_gradients = True  # shared in a process: off where another's accumulation was interrupted
     for epoch in range(args.num_ppo_epochs):
         # the same on all processes and in a resumed run: it depends on the seed, the step and the epoch only
-        random = np.random.default_rng((args.seed, trainer.global_step, epoch))
+        random = np.random.default_rng((args.seed, state.global_step, epoch))
         for rows in mini_batches(rollout.lengths, min(args.parts(len(rollout)), len(rollout)), random):
             means.begin()
-            _accumulate(trainer, rollout, rows, means)
-            if args.target_kl is not None and means.last("policy/approxkl_avg", trainer.sum) > 1.5 * args.target_kl:
-                trainer.optimizer.zero_grad()
+            _accumulate(state, rollout, rows, means)
+            if args.target_kl is not None and means.last("policy/approxkl_avg", state.sum) > 1.5 * args.target_kl:
+                state.optimizer.zero_grad()
                 stopped = True
                 break
-            with trainer.phases("optimiser"):
-                norms.append(_update(trainer))
+            with state.phases("optimiser"):
+                norms.append(_update(state))
             updates += 1
         if stopped:
             break
-    stats = means.read(trainer.sum)
+    stats = means.read(state.sum)
     if norms:
         stats["grad_norm"] = float(torch.stack(norms).mean())
     return {**stats, "policy/updates": float(updates), "policy/early_stop": float(stopped)}
 
 
-def _accumulate(trainer: "PPOTrainer", rollout: Rollout, rows: Rows, means: Means) -> None:
+def _accumulate(state: State, rollout: Rollout, rows: Rows, means: Means) -> None:
     """The gradient of one mini-batch, in parts, each divided by the mini-batch's own token counts."""
     cells = rollout.cells(rows)
     tokens, value_tokens = int(rollout.mask[cells].sum()), int(rollout.value_mask[cells].sum())
-    ranks = trainer.accelerator.num_processes
-    parts = trainer.args.gradient_accumulation_steps or 1
-    if trainer.args.per_device_train_batch_size is not None:
-        parts = -(-len(rows) // (trainer.args.per_device_train_batch_size * ranks))
-    shares = deal(rollout.lengths, rows, parts, trainer.accelerator.process_index, ranks)
+    ranks = state.accelerator.num_processes
+    parts = state.args.gradient_accumulation_steps or 1
+    if state.args.per_device_train_batch_size is not None:
+        parts = -(-len(rows) // (state.args.per_device_train_batch_size * ranks))
+    shares = deal(rollout.lengths, rows, parts, state.accelerator.process_index, ranks)
     for index, share in enumerate(shares):
         # a process without a row in this part still takes part in what all of them do together
         blank, share = not len(share), share if len(share) else rows[:1]
         last = index == len(shares) - 1
-        with contextlib.nullcontext() if last else trainer.accelerator.no_sync(trainer.model):
-            with trainer.phases("forward", int(rollout.lengths[share].sum())):
-                loss = _loss(trainer, rollout, share, blank, (tokens, value_tokens), means)
-            with trainer.phases("backward", int(rollout.lengths[share].sum())):
-                trainer.accelerator.backward(loss * ranks)  # processes average their gradients
+        with contextlib.nullcontext() if last else state.accelerator.no_sync(state.model):
+            with state.phases("forward", int(rollout.lengths[share].sum())):
+                loss = _loss(state, rollout, share, blank, (tokens, value_tokens), means)
+            with state.phases("backward", int(rollout.lengths[share].sum())):
+                state.accelerator.backward(loss * ranks)  # processes average their gradients
 
 
-def _loss(
-    trainer: "PPOTrainer", rollout: Rollout, rows: Rows, blank: bool, counts: tuple[int, int], means: Means
-) -> Tensor:
-    args = trainer.args
-    batch = rollout.batch(rows, trainer.pad_token_id, trainer.device, blank=blank)
+def _loss(state: State, rollout: Rollout, rows: Rows, blank: bool, counts: tuple[int, int], means: Means) -> Tensor:
+    args = state.args
+    batch = rollout.batch(rows, state.pad_token_id, state.device, blank=blank)
     cells = rollout.cells(rows)
-    scores = trainer.model(
+    scores = state.model(
         batch,
         temperature=args.temperature,
         entropy=True,
@@ -79,7 +75,7 @@ def _loss(
     )
 
     def of(field: Tensor) -> Tensor:
-        return field[cells].to(trainer.device)
+        return field[cells].to(state.device)
 
     mask, value_mask = of(rollout.mask), of(rollout.value_mask)
     if blank:
@@ -94,7 +90,7 @@ def _loss(
         mask=mask,
         value_mask=value_mask,
         counts=counts,
-        kl_coef=trainer.controller.coef,
+        kl_coef=state.controller.coef,
         args=args,
     )
     share, value_share = (0, 0) if blank else (int(rollout.mask[cells].sum()), int(rollout.value_mask[cells].sum()))
@@ -150,18 +146,18 @@ def losses(
     return loss, policy.metrics | entropy, shown
 
 
-def _update(trainer: "PPOTrainer") -> Tensor:
+def _update(state: State) -> Tensor:
     """One optimiser step with the gradient's norm clipped; the norm before."""
-    limit = trainer.args.max_grad_norm
-    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    norm: Any = trainer.accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    limit = state.args.max_grad_norm
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    norm: Any = state.accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if trainer.accelerator.scaler is None and not bool(norm.isfinite()):
-        trainer.optimizer.zero_grad()
+    if state.accelerator.scaler is None and not bool(norm.isfinite()):
+        state.optimizer.zero_grad()
         raise FloatingPointError(
-            f"prefkern.PPOTrainer.step: the gradient is not finite in step {trainer.global_step}: this update was not "
+            f"prefkern.PPOTrainer.step: the gradient is not finite in step {state.global_step}: this update was not "
             "made; look at val/ratio and the rewards of the step before, lower the learning rate, or set max_grad_norm"
         )
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
     return torch.as_tensor(norm).detach()

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from prefkern import _check
-from prefkern.integrations.ppo import episodes
+from prefkern import check
+from prefkern.integrations.ppo.tokens import Ids, rows_of
 
 WHERE = "PPOTrainer.train"
 NAMES = ("prompt", "query", "input_ids")
@@ -19,9 +19,9 @@ class Prompts:
 
     def __init__(self, dataset: Any, tokenizer: Any) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or isinstance(dataset, str | dict):
-            _check.fail_type(WHERE, f"dataset must be a list or a datasets.Dataset, got {type(dataset).__name__}")
+            check.fail_type(WHERE, f"dataset must be a list or a datasets.Dataset, got {type(dataset).__name__}")
         if not len(dataset):
-            _check.fail(WHERE, "dataset must hold at least one row, got none")
+            check.fail(WHERE, "dataset must hold at least one row, got none")
         self._dataset, self._tokenizer = dataset, tokenizer
 
     def __len__(self) -> int:
@@ -37,13 +37,13 @@ class Prompts:
             rows += order[start : start + size - len(rows)].tolist()
         return rows
 
-    def take(self, rows: list[int]) -> tuple[list[episodes.Ids], list[dict[str, Any]]]:
+    def take(self, rows: list[int]) -> tuple[list[Ids], list[dict[str, Any]]]:
         """The token ids of some rows, and their columns (``prompt`` as it was given)."""
         found = [self._columns(row) for row in rows]
-        queries = episodes.tokens(WHERE, "queries", [columns["prompt"] for columns in found], self._tokenizer)
+        queries = rows_of(WHERE, "queries", [columns["prompt"] for columns in found], self._tokenizer)
         for row, query in zip(rows, queries, strict=True):
             if not len(query):
-                _check.fail(WHERE, f"dataset[{row}] must have at least one token, got none")
+                check.fail(WHERE, f"dataset[{row}] must have at least one token, got none")
         return queries, found
 
     def _columns(self, row: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Prompts:
             return {"prompt": entry}
         name = next((name for name in NAMES if name in entry), None)
         if name is None:
-            _check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
+            check.fail(WHERE, f"dataset[{row}] must have one of {', '.join(NAMES)}, got {', '.join(entry)}")
         return {**entry, "prompt": entry[name]}
 
 
@@ -62,12 +62,41 @@ def rewards(
     """``reward_fn(prompts, responses)``, with those of the dataset's columns, and ``response_ids``, that it has
     arguments for. Responses are strings where there is a tokenizer."""
     shown = responses if tokenizer is None else [tokenizer.decode(each, skip_special_tokens=True) for each in responses]
-    known = inspect.signature(reward_fn).parameters
-    everything = any(each.kind is each.VAR_KEYWORD for each in known.values())
-    extra: dict[str, Any] = {name: [row.get(name) for row in columns] for name in columns[0] if name != "prompt"}
-    extra["response_ids"] = responses
-    named = {name: column for name, column in extra.items() if everything or name in known}
-    given = list(reward_fn([row["prompt"] for row in columns], shown, **named))
+    prompts = [row["prompt"] for row in columns]
+    given = list(reward_fn(prompts, shown, **_further(reward_fn, columns, responses)))
     if len(given) != len(responses):
-        _check.fail(WHERE, f"reward_fn must return one reward per response, got {len(given)} for {len(responses)}")
+        check.fail(WHERE, f"reward_fn must return one reward per response, got {len(given)} for {len(responses)}")
     return given
+
+
+def _further(reward_fn: Callable[..., Any], columns: list[dict[str, Any]], responses: list[Any]) -> dict[str, Any]:
+    """What a reward function names beside its first two arguments; refused where a name says two things, or nothing."""
+    parameters = list(inspect.signature(reward_fn).parameters.values())
+    first = {each.name for each in parameters[:2] if each.kind is each.POSITIONAL_OR_KEYWORD}
+    further = {each.name: each for each in parameters if each.name not in first}
+    everything = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    there = {name: None for row in columns for name in row}  # of all rows: a list's may have different ones
+    found: dict[str, Any] = {}
+    for name in there:
+        if name == "prompt":
+            continue
+        same = all(row.get(name) is row["prompt"] for row in columns)  # the prompts, under the name in the dataset
+        if (name in first and not same) or (name == "response_ids" and (everything or name in further)):
+            what = "the ids of the responses" if name == "response_ids" else f"reward_fn's own argument {name}"
+            check.fail(
+                WHERE,
+                f"dataset has a column {name!r}, which is also {what}: rename the column (dataset.rename_column), or "
+                "leave it out",
+            )
+        if name not in first and (everything or name in further):
+            found[name] = [row.get(name) for row in columns]
+    if everything or "response_ids" in further:
+        found["response_ids"] = responses
+    for name, each in further.items():
+        if (
+            name not in found
+            and each.default is each.empty
+            and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        ):
+            check.fail(WHERE, f"reward_fn asks for {name}, but the dataset's columns are {', '.join(there)}")
+    return found

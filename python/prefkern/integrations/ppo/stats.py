@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,9 @@ class Reduce:
         return self._accelerator.reduce(value, reduction="sum")  # type: ignore[attr-defined, no-any-return]
 
 
-def of_rollout(rollout: Rollout, *, kl_coef: float, kl_in_reward: bool, stop_token_id: int | None) -> dict[str, float]:
+def of_rollout(
+    rollout: Rollout, *, kl_coef: float, kl_in_reward: bool, stop_token_ids: tuple[int, ...]
+) -> dict[str, float]:
     """TRL's ``objective/*`` and ``val/*`` of a rollout: sums over a response, averaged over responses."""
     episodes = len(rollout)
     scores = rollout.scores.clone()
@@ -113,6 +116,8 @@ def of_rollout(rollout: Rollout, *, kl_coef: float, kl_in_reward: bool, stop_tok
     variance = float(returns.var()) if len(returns) > 1 else 0.0
     stats["val/var_explained"] = 1.0 - float((returns - values).var()) / variance if variance else 0.0
     stats["val/response_length"] = float(sum(len(each.response) for each in rollout.episodes)) / episodes
-    if stop_token_id is not None:
-        stats["val/num_eos_tokens"] = sum(int((each.response == stop_token_id).sum()) for each in rollout.episodes)
+    if stop_token_ids:
+        stats["val/num_eos_tokens"] = sum(
+            int(np.isin(each.response, stop_token_ids).sum()) for each in rollout.episodes
+        )
     return stats

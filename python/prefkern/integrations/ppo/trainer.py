@@ -1,27 +1,25 @@
 """PPO for a language model. `PPOTrainer.step` is the algorithm, from a rollout to the update."""
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from prefkern import _check
-from prefkern._check import require
-from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, models, stats
-from prefkern.integrations.ppo.accelerator import make_accelerator
+from prefkern import check
+from prefkern.check import require
+from prefkern.integrations.ppo import advantages, checkpoint, episodes, generate, loop, names, stats, tokens
 from prefkern.integrations.ppo.config import PPOConfig
-from prefkern.integrations.ppo.controller import KLController
 from prefkern.integrations.ppo.optimise import optimise
 from prefkern.integrations.ppo.rollout import Rollout, deal
+from prefkern.integrations.ppo.state import State
 
 WHERE = "PPOTrainer"
 
 
-class PPOTrainer:
+class PPOTrainer(State):
     """Proximal policy optimisation, https://arxiv.org/abs/1707.06347, of a causal language model with a value head.
 
     ``step`` takes queries, responses and rewards; ``train`` generates and scores by itself. Log-probabilities and
@@ -45,6 +43,7 @@ class PPOTrainer:
         TypeError, ValueError: for what cannot be used, with its name; MissingDependency: without accelerate.
     """
 
+    @names.answered(WHERE, names.TRAINER)
     def __init__(
         self,
         model: Any,
@@ -58,58 +57,25 @@ class PPOTrainer:
     ) -> None:
         accelerate = require("accelerate", "PPOTrainer", "pip install 'prefkern[ppo]'")
         args = PPOConfig() if args is None else args
+        if any(type(each).__name__ == "PPOConfig" for each in (model, ref_model, tokenizer)):
+            check.fail_type(
+                WHERE, "the order is PPOTrainer(model, ref_model, tokenizer, args), got the options elsewhere"
+            )
         if not isinstance(args, PPOConfig):
-            _check.fail_type(WHERE, f"args must be a PPOConfig, got {_check.describe(args)}")
-        models.check_policy("model", model)
-        if value_model is not None:
-            models.check_value_model(value_model)
-        self.args, self.tokenizer = args, tokenizer
-        self.reference = models.make_reference(model, ref_model, args)
-        self.adapter_is_off_in_reference = self.reference is None and models.is_peft(model) and args.reference == "auto"
-        self.limits = episodes.Limits(
-            model.get_output_embeddings().weight.shape[0],
-            getattr(models.text_config(model), "max_position_embeddings", None),
-        )
-        self.stop_token_id = args.stop_token_id
-        if self.stop_token_id is None and tokenizer is not None:
-            self.stop_token_id = tokenizer.eos_token_id
-        self.pad_token_id = episodes.padding(tokenizer)
-
-        self.accelerator = accelerator or make_accelerator(accelerate, args)
-        self.device = self.accelerator.device
-        accelerate.utils.set_seed(args.seed + 100_003 * self.accelerator.process_index)
-        if args.gradient_checkpointing:
-            models.checkpoint_activations(model)
-        both = models.without_dropout(models.ActorCritic(model, value_model))
-        optimizer = optimizer or torch.optim.AdamW(
-            [parameter for parameter in both.parameters() if parameter.requires_grad],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            fused=True,  # one pass over the parameters, without temporaries
-        )
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        self.model, self.optimizer = self.accelerator.prepare(both, optimizer)
-        self.sharded = models.prepare_sharded(self.model)
-        if self.reference is not None:
-            self.reference.to(self.device)
-        self.controller = KLController(args)
-        self.phases = stats.Phases(self.device)
-        self.sum = stats.Reduce(self.accelerator)
-        self.global_step = self.episode = 0
-        self.total_steps = None if args.total_episodes is None else math.ceil(args.total_episodes / args.batch_size)
-        self.history: list[dict[str, float]] = []
+            check.fail_type(WHERE, f"args must be a PPOConfig, got {type(args).__name__}")
+        super().__init__(accelerate, args, model, ref_model, tokenizer, value_model, optimizer, accelerator)
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 
+    @names.answered("PPOTrainer.step", names.STEP)
     def step(
         self, queries: Any, responses: Any, rewards: Any, response_masks: Any = None, *, ref_logps: Any = None
     ) -> dict[str, float]:
         """One PPO step on episodes that were sampled from the policy as it is.
 
         Args:
-            queries, responses: token ids, one tensor (or list) for each episode, of any lengths; strings are encoded.
+            queries, responses: token ids, one tensor (or list) for each episode, of any lengths; strings are encoded. A
+                response is what the policy wrote, without its query and without padding behind its end.
             rewards: for each response one number, or one for each of its tokens.
             response_masks: for each response 1 at tokens that the policy wrote and 0 at others (a tool's output, a
                 user's turn), which are not scored and which advantages pass over.
@@ -125,13 +91,13 @@ class PPOTrainer:
         self._score(rollout)
         with self.phases("data"):
             advantages.fill(rollout, self.args, self.controller.coef)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.args.schedule(self.global_step, self.total_steps)
         found = stats.of_rollout(
             rollout,
             kl_coef=self.controller.coef,
             kl_in_reward=self.args.kl_in == "reward",
-            stop_token_id=self.stop_token_id,
+            stop_token_ids=self.stop_token_ids,
         )
         found |= optimise(self, rollout)
         self.controller.update(found.get("objective/kl"), len(rollout))
@@ -147,7 +113,7 @@ class PPOTrainer:
             error: Exception | None = None
             mine: list[episodes.Episode] = []
             try:
-                mine = episodes.check(*given, tokenizer=self.tokenizer, limits=self.limits)
+                mine = episodes.check_step(*given, tokenizer=self.tokenizer, limits=self.limits)
                 self._check_reference(given[-1])
             except (TypeError, ValueError) as refused:
                 error = refused
@@ -157,12 +123,12 @@ class PPOTrainer:
                     raise other
             together = [each for part, _ in found for each in part]
             if len({each.ref_logps is None for each in together}) > 1:
-                _check.fail("PPOTrainer.step", "ref_logps must be given on all processes or on none")
+                check.fail("PPOTrainer.step", "ref_logps must be given on all processes or on none")
             return Rollout(together, self.args)
 
     def _check_reference(self, ref_logps: Any) -> None:
         if self.args.kl_coef and ref_logps is None and self.reference is None and not self.adapter_is_off_in_reference:
-            _check.fail("PPOTrainer.step", "ref_logps must be given, as reference='given' and kl_coef is not 0")
+            check.fail("PPOTrainer.step", "ref_logps must be given, as reference='given' and kl_coef is not 0")
 
     @torch.no_grad()
     def _score(self, rollout: Rollout) -> None:
@@ -209,21 +175,28 @@ class PPOTrainer:
 
     # ---------------------------------------------------------------------------------------- around the algorithm
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Answers names of other trainers: called for what is not there."""
+            names.refuse_attribute(WHERE, name)
+
     def generate(self, queries: Any, *, return_prompt: bool = False, **options: Any) -> list[Tensor]:
         """A sampled response for each query: token ids up to and with the stop token, on the CPU.
 
         ``options`` are those of ``transformers.GenerationConfig``; by default plain sampling at ``args.temperature`` of
-        at most ``args.response_length`` tokens, without top-k, top-p or penalties, which `step` assumes.
+        at most ``args.response_length`` tokens, without top-k, top-p or penalties, which `step` assumes. A response
+        ends at any of ``eos_token_id``, an id or several. Strings are encoded with one beginning and no end token.
         """
-        rows = episodes.tokens("PPOTrainer.generate", "queries", queries, self.tokenizer)
+        rows = tokens.rows_of("PPOTrainer.generate", "queries", queries, self.tokenizer)
         for index, row in enumerate(rows):
             if not len(row):
-                _check.fail("PPOTrainer.generate", f"queries[{index}] must have at least one token, got none")
+                check.fail("PPOTrainer.generate", f"queries[{index}] must have at least one token, got none")
         with self.phases("generate"):
             responses = generate.generate(self, rows, **options) if rows else []
         self.phases.tokens["generate"] += sum(len(response) for response in responses)
         if return_prompt:
-            return [torch.cat(pair) for pair in zip(episodes.as_tensors(rows), responses, strict=True)]
+            return [torch.cat(pair) for pair in zip(tokens.as_tensors(rows), responses, strict=True)]
         return responses
 
     def train(
@@ -235,20 +208,20 @@ class PPOTrainer:
             dataset: prompts: strings, token ids, lists of messages, or rows with one of these as ``prompt``, ``query``
                 or ``input_ids`` (a ``datasets.Dataset``).
             reward_fn: ``reward_fn(prompts, responses)`` gives a number for each response (or one per token); further
-                arguments that it names are columns of the dataset, or ``response_ids``.
+                arguments that it names are columns of the dataset, or ``response_ids``, the tokens of the responses.
             resume_from: a checkpoint's folder, or True for the newest in ``args.output_dir`` (if there is one): the
                 run goes on as if it had not been interrupted, bit for bit.
 
         Returns:
             The statistics of each step.
         """
-        return loop.train(self, dataset, reward_fn, resume_from)
+        return loop.train(self, self.generate, self.step, dataset, reward_fn, resume_from)
 
     def evaluate(self, dataset: Any, reward_fn: Callable[..., Any], **options: Any) -> dict[str, float]:
         """Mean score and length of responses to all prompts of a dataset; greedy with ``do_sample=False``, else sampled
         with a seed of its own. Changes nothing: neither the model nor the random state. Each process does all of it.
         """
-        return loop.evaluate(self, dataset, reward_fn, options)
+        return loop.evaluate(self, self.generate, dataset, reward_fn, options)
 
     def save_checkpoint(self, folder: str | os.PathLike[str] | None = None) -> Path:
         """Everything that `train` needs to go on, into ``folder`` (``output_dir/checkpoint-STEP``), whole or not at

@@ -1,0 +1,1 @@
+"""The benchmark of batching and advantages beside their peers and a copy."""

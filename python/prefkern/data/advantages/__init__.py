@@ -1,0 +1,1 @@
+"""Advantages, returns, rewards and their moments."""

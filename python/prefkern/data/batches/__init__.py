@@ -1,0 +1,1 @@
+"""Rows of token ids into batches: collation, packing, sampling, filtering."""

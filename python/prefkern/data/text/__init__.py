@@ -1,0 +1,1 @@
+"""Rows of text or messages into rows of token ids."""

@@ -1,0 +1,1 @@
+"""The engine as torch operators: schemas, fakes, gradients, and the choice of the tile functions."""

@@ -1,0 +1,43 @@
+"""Arguments and results that the operators of the head have in common: how logits are made, and rows' statistics."""
+
+import torch
+from torch import Tensor
+
+from prefkern.kernels.interface import Logits, RowStats, wide_dtype
+
+OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+LOGITS = "Tensor? row_temperature, float temperature, float? softcap, int ignore_index"
+STATS = (
+    "Tensor logps, Tensor row_max, Tensor log_sum, Tensor entropy, Tensor log_sum_sq_probs, Tensor mean_logit, "
+    "Tensor is_top1"
+)
+
+
+def empty_stats(rows: Tensor, targets: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """logps, row_max, log_sum and the optional statistics of every row; those not asked for have no elements."""
+    N, wide = rows.shape[0], wide_dtype(dtype)
+    always = [rows.new_empty(shape, dtype=wide) for shape in (targets.shape, (N,), (N,))]
+    optional = [
+        rows.new_empty(N if name in outputs else 0, dtype=torch.bool if name == "is_top1" else wide)
+        for name in OPTIONAL
+    ]
+    return *always, *optional
+
+
+def row_stats(tensors: tuple[Tensor, ...], outputs: list[str]) -> RowStats:
+    given = (value if name in outputs else None for name, value in zip(OPTIONAL, tensors[3:7], strict=True))
+    return RowStats(*tensors[:3], *given)
+
+
+def logits_of(
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    row_temperature: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+) -> Logits:
+    """Returns how logits are made, of an operator's arguments `LOGITS` and the logit scale."""
+    wide = None if bias is None else bias.to(wide_dtype(dtype))
+    return Logits(wide, logit_scale, softcap, temperature if row_temperature is None else row_temperature, ignore_index)

@@ -1,0 +1,1 @@
+"""The tile functions in Triton; loaded at first use on an accelerator."""

@@ -1,5 +1,7 @@
 """Triton kernels that are wrong in ways that Triton's interpreter does not show, and their sound twins."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -61,3 +63,21 @@ def add_in_place(x_ptr, out_ptr, LANES: tl.constexpr):
     """Every thread reads the total, one writes it: a fast warp's write comes before a slow one's read."""
     x = tl.sum(tl.load(x_ptr + tl.arange(0, LANES)), 0)
     tl.store(out_ptr, tl.load(out_ptr) + x)
+
+
+class Vector(NamedTuple):
+    """A kernel's argument that is several: pointers, one of them absent, and a number."""
+
+    start: Any
+    bias: Any
+    scale: Any
+
+
+@triton.jit
+def scaled(x, out_ptr, LANES: tl.constexpr):
+    """``out = scale (start + bias)`` of a `Vector`."""
+    i = tl.arange(0, LANES)
+    y = tl.load(x.start + i)
+    if x.bias is not None:
+        y += tl.load(x.bias + i)
+    tl.store(out_ptr + i, y * x.scale)

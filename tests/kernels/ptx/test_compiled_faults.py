@@ -99,6 +99,19 @@ def test_a_broken_promise_of_alignment(schedule: str) -> None:
         planted.promised[(1,)](x, out, 6, PROMISE=16, LANES=1024, enable_fp_fusion=True)
 
 
+def test_arguments_that_are_tuples(ptx: Device) -> None:
+    from ptx import planted
+
+    x, bias = torch.randn(2, 128)
+    for given in (None, bias):
+        out = torch.zeros(128)
+        planted.scaled[(1,)](planted.Vector(x, given, 1.5), out, LANES=128, enable_fp_fusion=True)
+        want = 1.5 * (x if given is None else x + given)
+        torch.testing.assert_close(out, want)
+    with pytest.raises(OutOfBounds, match=r"x\.bias"):
+        planted.scaled[(1,)](planted.Vector(x, bias[:-1], 1.5), out, LANES=128, enable_fp_fusion=True)
+
+
 # ------------------------------------------------------------------------------------- the library's kernels, broken
 
 SHAPE = Shape(3, 4656, True)

@@ -6,6 +6,7 @@ import torch
 from prefkern.losses.reduce import (
     divide,
     masked_mean,
+    masked_means,
     per_token,
     reduce_rows,
     reduce_tokens,
@@ -115,3 +116,22 @@ def test_widen() -> None:
     }
     assert widen(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert scored(torch.ones(2, dtype=torch.bfloat16), torch.tensor([True, False])).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("mask", [MASK, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_of_several_are_each_its_mean(mask, dtype) -> None:
+    named = {"a": X.to(dtype), "flag": X > 3.0, "c": X.to(dtype).exp().reciprocal()}
+    for name, mean in masked_means(named, mask).items():
+        want = masked_mean(named[name], mask)
+        assert (mean.item(), mean.dtype) == (want.item(), want.dtype)
+
+
+def test_fixed_lengths() -> None:
+    want = {None: 323.0 / 3 / 3, 10.0: 323.0 / 3 / 10}
+    for length, value in want.items():
+        assert reduce_tokens(X, MASK, reduction="fixed", length=length).item() == pytest.approx(value)
+    packed = reduce_tokens(
+        PACKED, PACKED_MASK, reduction="fixed", length=10.0, cu_seqlens=CU, normalizer=torch.tensor(2)
+    )
+    assert packed.item() == pytest.approx(323.0 / 2 / 10)

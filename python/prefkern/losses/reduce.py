@@ -55,13 +55,18 @@ def masked_mean(x: Tensor, mask: Tensor | None, normalizer: Tensor | float | Non
 
 
 def masked_means(named: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
-    """`masked_mean` of each, for metrics: one count and one division for all of them."""
+    """`masked_mean` of each, for metrics: one count and one division for all of them, and flags are counted as such."""
     count = next(iter(named.values())).numel() if mask is None else mask.sum()
     outside = None if mask is None else ~mask
-    wide = (widen(x) if outside is None else widen(x).masked_fill(outside, 0.0) for x in named.values())
-    sums = [x.sum() for x in wide]
+
+    def total(x: Tensor) -> Tensor:
+        if x.dtype == torch.bool:
+            return (x if mask is None else x & mask).sum().float()
+        return (widen(x) if outside is None else widen(x).masked_fill(outside, 0.0)).sum()
+
+    sums = [total(x) for x in named.values()]
     means = divide(torch.stack(sums), count).unbind()
-    return {name: mean.to(total.dtype) for name, mean, total in zip(named, means, sums, strict=True)}
+    return {name: mean.to(own.dtype) for name, mean, own in zip(named, means, sums, strict=True)}
 
 
 def reduce_rows(x: Tensor, reduction: Reduction) -> Tensor:

@@ -140,7 +140,7 @@ def clip_cov(tokens: Tokens, options: "GRPO") -> Tensor:
         cov = _covariance(tokens)
         untouched = losses == -A * tokens.log_ratio.exp()
         eligible = (cov > options.clip_cov_low) & (cov < options.clip_cov_high) & untouched
-        draws = torch.rand(A.shape, dtype=A.dtype, device=A.device, generator=tokens.generator)
+        draws = torch.empty_like(A).uniform_(generator=tokens.generator)
         dropped = _largest(draws.masked_fill(~eligible, -torch.inf), options.cov_ratio, tokens.mask)
     return losses.masked_fill(dropped, 0.0)
 

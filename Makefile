@@ -9,6 +9,7 @@ TRITON_OLD := .venv-triton36
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu); echo $$((n > 8 ? 8 : n)))
 
 .PHONY: help setup demo ppo ppo-measure textbook test test-python test-rust ptx bench measure measure-engine measure-data architectures cpu-head lint format wheel release compile-report mutants stubtest constraints clean
+
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
@@ -49,6 +50,9 @@ demo: setup ## fine-tune SmolLM2-135M with TRL's DPOTrainer, with and without pr
 
 ppo: setup ## PPO on SmolLM2-135M with a reward for brevity: CPU, offline, minutes
 	@$(BIN)/python examples/ppo.py $(ARGS)
+
+textbook: setup ## PPO, DPO, KTO and ORPO side by side on SmolLM2-135M, with a plot: CPU, offline, minutes
+	@$(BIN)/python examples/textbook.py $(ARGS)
 
 test: setup $(TRITON_OLD)/.done test-rust test-python ## run all tests
 

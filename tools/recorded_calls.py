@@ -4,8 +4,8 @@
     python tools/recorded_calls.py compare FILE    after it: prints the calls that differ, exit 1 if there are any
 
 On one machine with one torch: other processors and libraries add in another order. The calls are those of
-`recorded_cases` and `recorded_data_cases`; every argument that requires a gradient is differentiated, each result with
-an upstream of its own. CPU only, one thread.
+`recorded_cases`, `recorded_pair_cases` and `recorded_data_cases`; every argument that requires a gradient is
+differentiated, each result with an upstream of its own. CPU only, one thread.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from torch import Tensor
 import prefkern
 import recorded_cases
 import recorded_data_cases
+import recorded_pair_cases
 from prefkern import data, plan
 from recorded_inputs import Case, normal
 
@@ -71,7 +72,7 @@ def run(case: Case) -> Record:
 
 def run_all() -> dict[str, Record]:
     records: dict[str, Record] = {}
-    for cases in (*recorded_cases.EVERY, *recorded_data_cases.EVERY):
+    for cases in (*recorded_cases.EVERY, *recorded_pair_cases.EVERY, *recorded_data_cases.EVERY):
         start, before = time.perf_counter(), len(records)
         for case in cases():
             if str(case) in records:

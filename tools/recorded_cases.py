@@ -213,7 +213,7 @@ def _squares(stats: prefkern.TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
     return (stats.logps.square() - 0.1 * stats.entropy).sum(), {"logps": stats.logps.mean()}
 
 
-def _of_constant_entropy(stats: prefkern.TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
+def _squares_of_constants(stats: prefkern.TokenStats) -> tuple[Tensor, dict[str, Tensor]]:
     assert stats.entropy is not None
     return _squares(stats._replace(entropy=stats.entropy.detach()))
 
@@ -237,11 +237,8 @@ def linear_sums() -> Cases:
             head_options(4, 6, trained=trained != "hidden").items(), (None, 0)
         ):
             yield Case(name, f"{label}, {trained}", head(4, 6, trained=trained), {**options, "max_memory": memory})
-            loss = {
-                "fn": _squares if trained else _of_constant_entropy,
-                "outputs": ("logps", "entropy"),
-                "entropy_grad": trained != "",
-            }
+            fn = _squares if trained else _squares_of_constants
+            loss = {"fn": fn, "outputs": ("logps", "entropy"), "entropy_grad": trained != ""}
             given = {**head(4, 6, trained=trained), **loss}
             yield Case("linear_loss", f"{label}, {trained}", given, {**options, "max_memory": memory})
     yield Case(name, "graph kept", head(4, 6), retain=True)

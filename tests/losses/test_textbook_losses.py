@@ -4,6 +4,7 @@ import copy
 import doctest
 import importlib
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,13 @@ def assert_same(case: Case, got: LossOutput, want: LossOutput) -> None:
 def test_worked_examples(name) -> None:
     found = doctest.testmod(importlib.import_module(f"prefkern.losses.{name}"))
     assert found.attempted >= 3
+    assert found.failed == 0
+
+
+def test_the_page_on_introductions_computes_what_it_says() -> None:
+    page = Path(__file__).parents[2] / "docs" / "textbook.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted >= 12
     assert found.failed == 0
 
 

@@ -23,12 +23,12 @@ PEAK = 2.0**14
 
 def logits_of(shape: Shape, softcap: bool, bias: bool, scale: bool, temperature: str) -> Logits:
     """Returns how logits are made of a tile: every part of it present or absent."""
-    rows = torch.linspace(0.5, 1.7, shape.rows)
+    chosen: dict[str, Any] = {"one": 1.0, "rows": torch.linspace(0.5, 1.7, shape.rows)}
     return Logits(
         bias=torch.randn(shape.columns) if bias else None,
         logit_scale=0.8 if scale else 1.0,
         softcap=5.0 if softcap else None,
-        temperature={"one": 1.0, "rows": rows}[temperature],
+        temperature=chosen[temperature],
         ignore_index=testing.IGNORE,
     )
 
@@ -188,7 +188,7 @@ def pair_of(shape: Shape, dtype: str, full: bool) -> TilePair:
     two = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype], seed=1)
     forms = [logits_of(shape, full, full, full, "rows" if full else "one") for _ in range(2)]
     if full:
-        forms[1] = forms[1]._replace(softcap=7.0, temperature=forms[0].temperature.flip(0).contiguous())
+        forms[1] = forms[1]._replace(softcap=7.0, temperature=torch.linspace(1.7, 0.5, shape.rows))
     rows = one.targets != testing.IGNORE if full else None
     return TilePair(matrix(one.logits, shape), matrix(two.logits, shape), rows, *forms)
 

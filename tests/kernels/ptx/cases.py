@@ -65,28 +65,30 @@ def _of(launcher: str, **options: Any) -> tuple[str, dict[str, Any]]:
 
 
 FAST: dict[str, tuple[str, dict[str, Any]]] = {
-    "scoring bfloat16": _of("logprobs_fwd", dtype="bf16", wanted="e", softcap=False),
-    "gradient bfloat16": _of("logprobs_bwd", dtype="bf16", entropy=True, softcap=False),
-    "fold, held bfloat16": _of("tile_fwd", held="bf16", wanted="", softcap=False),
-    "fold backward": _of("tile_bwd", dtype="bf16", c=True, e=True, softcap=False),
-    "held backward": _of("held_bwd", dtype="bf16"),
+    "scoring bfloat16": _of("scoring", dtype="bf16", held=None, wanted="e", softcap=False),
+    "gradient bfloat16": _of("logits_bwd", dtype="bf16", written="bf16", c=True, e=True, softcap=False),
+    "fold, held bfloat16": _of("fold", dtype="fp32", held="bf16", wanted="", softcap=False),
+    "fold backward": _of("tile_bwd", dtype="fp32", written="bf16", c=True, e=True, softcap=False),
+    "held backward": _of("held_bwd", dtype="bf16", written="bf16"),
     "scaled rows": _of("scale_rows", dtype="fp32", written="bf16", post=True, other=False),
     "forward divergence": _of("divergence_fwd", beta=0.0, dtype="fp32", held="bf16", entropy=False, full=False),
     "divergence backward": _of("divergence_bwd", beta=1.0, dtype="fp32", written="bf16", c=True, full=False),
 }
+_FULL: dict[str, Any] = {"softcap": True, "bias": True, "scale": True, "temperature": "rows"}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "all statistics float32": _of("logprobs_fwd", dtype="fp32", wanted="eqmt", softcap=True, temperature="rows"),
-    "all statistics float16": _of("logprobs_fwd", dtype="fp16", wanted="eqmt", softcap=False),
-    "all statistics bfloat16": _of("logprobs_fwd", dtype="bf16", wanted="eqmt", softcap=True),
-    "gradient float32, softcap": _of("logprobs_bwd", dtype="fp32", entropy=True, softcap=True, temperature="rows"),
-    "gradient float16": _of("logprobs_bwd", dtype="fp16", entropy=False, softcap=False),
-    "fold without held": _of("tile_fwd", held=None, wanted="m", softcap=False),
-    "fold, bias and softcap": _of("tile_fwd", held="bf16", wanted="eqmt", softcap=True, bias=True, temperature="rows"),
-    "fold, held float32": _of("tile_fwd", held="fp32", wanted="e", softcap=False),
-    "fold backward, softcap": _of(
-        "tile_bwd", dtype="fp32", c=True, e=True, softcap=True, bias=True, temperature="rows"
+    "all statistics float32": _of("scoring", dtype="fp32", held=None, wanted="eqmt", softcap=True, temperature="rows"),
+    "all statistics float16": _of("scoring", dtype="fp16", held=None, wanted="eqmt", softcap=False),
+    "all statistics bfloat16": _of("scoring", dtype="bf16", held=None, wanted="eqmt", softcap=True),
+    "gradient float32, softcap": _of(
+        "logits_bwd", dtype="fp32", written="fp32", c=True, e=True, softcap=True, temperature="rows"
     ),
-    "held backward float32": _of("held_bwd", dtype="fp32"),
+    "gradient float16": _of("logits_bwd", dtype="fp16", written="fp16", c=True, e=False, softcap=False),
+    "fold without held": _of("fold", dtype="fp32", held=None, wanted="m", softcap=False),
+    "fold, all options": _of("fold", dtype="fp32", held="bf16", wanted="eqmt", **_FULL),
+    "fold, held float32, scale": _of("fold", dtype="fp32", held="fp32", wanted="e", softcap=False, scale=True),
+    "fold backward, all options": _of("tile_bwd", dtype="fp32", written="fp32", c=True, e=True, **_FULL),
+    "fold backward, only u": _of("tile_bwd", dtype="fp32", written="bf16", c=False, e=False, softcap=False),
+    "held backward float32": _of("held_bwd", dtype="fp32", written="fp32"),
     "two scaled rows": _of("scale_rows", dtype="bf16", written="bf16", post=False, other=True),
     "reverse divergence": _of("divergence_fwd", beta=1.0, dtype="bf16", held=None, entropy=True, full=False),
     "Jensen-Shannon": _of("divergence_fwd", beta=0.3, dtype="fp32", held="bf16", entropy=True, full=True),

@@ -58,6 +58,7 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     programs: int
+    function: int | None = None  # of a device's kernels
     instructions: Counter[str] = field(default_factory=Counter)
     barriers: int = 0
     conflicts: int = 0  # passes through the banks of shared memory beyond the first

@@ -108,7 +108,7 @@ class Launcher:
         for name, kind, value in zip(self.names, self.kinds, args, strict=True):
             _flatten(name, kind, value, bits, extents)
         kernel = self.device.utils.kernels[function]
-        self.device.run.launch(kernel, (x, y, z), extents, bits, self.shared)
+        self.device.run.launch(kernel, (x, y, z), extents, bits, self.shared).function = function
 
 
 def _flatten(name: str, kind: Any, value: Any, bits: list[int], extents: list[Extent]) -> None:

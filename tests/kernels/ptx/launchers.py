@@ -12,187 +12,162 @@ import torch
 from torch import Tensor
 
 from prefkern import testing
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, Factors, Logits, RowStats, TilePair
 from prefkern.testing import divergences
-from prefkern.types import DivergenceRows, LogitForm, RowStats
 from ptx.cases import DTYPES, FLOAT, Case, Launcher, Result, Shape, empty, matrix
 
+WIDE = (torch.float64, FLOAT)
 STATS = {"e": "entropy", "q": "log_sum_sq_probs", "m": "mean_logit", "t": "is_top1"}
 PEAK = 2.0**14
 
 
-def _stats(rows: int, wanted: str) -> RowStats:
-    def new(dtype: torch.dtype = FLOAT) -> Tensor:
-        return testing.poisoned(rows, dtype=dtype)
-
-    optional = [new(torch.bool if letter == "t" else FLOAT) if letter in wanted else None for letter in STATS]
-    return RowStats(new(), new(), new(), *optional)
-
-
-def _row_options(shape: Shape, softcap: bool, temperature: str) -> dict[str, Any]:
-    rows = torch.linspace(0.5, 1.7, shape.rows)
-    chosen = {"one": 1.0, "cold": 0.3, "rows": rows}[temperature]
-    return {"softcap": 5.0 if softcap else None, "temperature": chosen, "ignore_index": testing.IGNORE}
+def logits_of(shape: Shape, softcap: bool, bias: bool, scale: bool, temperature: str) -> Logits:
+    """Returns how logits are made of a tile: every part of it present or absent."""
+    chosen: dict[str, Any] = {"one": 1.0, "rows": torch.linspace(0.5, 1.7, shape.rows)}
+    return Logits(
+        bias=torch.randn(shape.columns) if bias else None,
+        logit_scale=0.8 if scale else 1.0,
+        softcap=5.0 if softcap else None,
+        temperature=chosen[temperature],
+        ignore_index=testing.IGNORE,
+    )
 
 
-def _compare_stats(got: RowStats, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> dict[str, Result]:
-    want, eager = (testing.stats_from_logits(logits, targets, dtype=d, **options) for d in (torch.float64, FLOAT))
-    given = {name: value for name, value in got._asdict().items() if value is not None}
-    return {name: (value, getattr(want, name), getattr(eager, name)) for name, value in given.items()}
-
-
-def _scored(targets: Tensor) -> int:
+def scored(targets: Tensor) -> int:
     return int((targets != testing.IGNORE).sum())
 
 
-def logprobs_fwd(shape: Shape, dtype: str, wanted: str, softcap: bool, temperature: str = "one") -> Case:
-    from prefkern.kernels import rowwise
-
-    case = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype])
-    logits, options = matrix(case.logits, shape), _row_options(shape, softcap, temperature)
-    stats = _stats(shape.rows, wanted)
-    read = _scored(case.targets) * shape.columns * logits.element_size()
-    return Case(
-        lambda: rowwise.logprobs_fwd(logits, case.targets, stats, **options),
-        lambda: _compare_stats(stats, case.logits, case.targets, options),
-        read,
-        0,
-    )
-
-
-def logprobs_bwd(shape: Shape, dtype: str, entropy: bool, softcap: bool, temperature: str = "one") -> Case:
-    from prefkern.kernels import rowwise
-
-    case = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype])
-    logits, options = matrix(case.logits, shape), _row_options(shape, softcap, temperature)
-    stats = _exact_stats(case, options)
-    c, e = torch.randn(2, shape.rows)
-    grad = empty(shape, DTYPES[dtype])
-
-    def results() -> dict[str, Result]:
-        wide = [
-            testing.grads_from_logits(*case, c, e if entropy else None, dtype=d, **options)
-            for d in (torch.float64, DTYPES[dtype])
-        ]
-        return {"grad": (grad, *wide)}
-
-    size = shape.columns * logits.element_size()
-    return Case(
-        lambda: rowwise.logprobs_bwd(logits, case.targets, stats, c, e if entropy else None, grad, **options),
-        results,
-        _scored(case.targets) * size,
-        shape.rows * size,
-    )
-
-
-def _exact_stats(case: testing.LogitCase, options: dict[str, Any], **more: Any) -> RowStats:
-    want = testing.stats_from_logits(*case, **options, **more)
-    return RowStats._make(value.float() if value.is_floating_point() else value for value in want)
+def exact_stats(case: testing.LogitCase, logits: Logits) -> RowStats:
+    """Returns the statistics that a forward would have left, by float64."""
+    want = testing.stats_from_logits(case.logits, case.targets, **logits._asdict())
+    exact = [value if value is None or value.dtype == torch.bool else value.float() for value in want]
+    return RowStats._make(exact)
 
 
 def tile_fwd(
-    shape: Shape, held: str | None, wanted: str, softcap: bool, bias: bool = False, temperature: str = "one"
+    shape: Shape,
+    dtype: str,
+    held: str | None,
+    wanted: str,
+    softcap: bool,
+    bias: bool = False,
+    scale: bool = False,
+    temperature: str = "one",
 ) -> Case:
-    from prefkern.kernels import fold
+    """Statistics of rows, and with ``held`` their unscaled gradient: two passes."""
+    from prefkern.kernels.triton import logprobs
 
-    case = testing.logit_case(shape.rows, shape.columns)
-    tile, options = matrix(case.logits, shape), _row_options(shape, softcap, temperature)
-    add = torch.randn(shape.columns) if bias else None
-    stats = _stats(shape.rows, wanted)
-    out = None if held is None else empty(shape, DTYPES[held])
-    more = {"bias": add, "logit_scale": 0.8}
+    case = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype])
+    tile, logits = matrix(case.logits, shape), logits_of(shape, softcap, bias, scale, temperature)
+    optional = {
+        name: testing.poisoned(shape.rows, dtype=_kind(name)) for letter, name in STATS.items() if letter in wanted
+    }
+    stats = RowStats(*(testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(3)), **optional)
+    u = None if held is None else empty(shape, DTYPES[held])
 
     def results() -> dict[str, Result]:
-        found = _compare_stats(stats, *case, options | more)
-        if out is not None:
-            want, eager = (
-                testing.unscaled_from_logits(*case, dtype=d, **options, **more) for d in (torch.float64, FLOAT)
-            )
-            found["u"] = (out, want, eager.to(out.dtype))
+        want, eager = (testing.stats_from_logits(*case, dtype=d, **logits._asdict()) for d in WIDE)
+        names = [name for name, value in stats._asdict().items() if value is not None]
+        found = {name: (getattr(stats, name), getattr(want, name), getattr(eager, name)) for name in names}
+        if u is not None:
+            exact, plain = (testing.unscaled_from_logits(*case, dtype=d, **logits._asdict()) for d in WIDE)
+            found["u"] = (u, exact, plain.to(u.dtype))
         return found
 
-    read = _scored(case.targets) * shape.columns * 4
+    passes = 1 if u is None else 2
     return Case(
-        lambda: fold.tile_fwd(tile, add, case.targets, stats, out, logit_scale=0.8, **options),
+        lambda: logprobs.tile_fwd(tile, case.targets, stats, u, logits),
         results,
-        read * (1 if out is None else 2) + 4 * shape.columns * bias * (1 if out is None else 2),
-        0 if out is None else shape.rows * shape.columns * out.element_size(),
+        passes * shape.columns * (scored(case.targets) * tile.element_size() + 4 * bias),
+        0 if u is None else shape.rows * shape.columns * u.element_size(),
     )
 
 
-def tile_bwd(
-    shape: Shape, dtype: str, c: bool, e: bool, softcap: bool, bias: bool = False, temperature: str = "one"
-) -> Case:
-    from prefkern.kernels import fold
+def _kind(name: str) -> torch.dtype:
+    return torch.bool if name == "is_top1" else FLOAT
 
-    case = testing.logit_case(shape.rows, shape.columns)
-    tile, options = matrix(case.logits, shape), _row_options(shape, softcap, temperature)
-    add = torch.randn(shape.columns) if bias else None
-    more = {"bias": add, "logit_scale": 0.8}
-    stats = _exact_stats(case, options, **more)
-    given = [torch.randn(shape.rows) if on else None for on in (c, e)]
-    out = empty(shape, DTYPES[dtype])
+
+def tile_bwd(
+    shape: Shape,
+    dtype: str,
+    written: str,
+    c: bool,
+    e: bool,
+    softcap: bool,
+    bias: bool = False,
+    scale: bool = False,
+    temperature: str = "one",
+) -> Case:
+    """The gradient of a loss with factors c and e for each row, recomputed from the tile."""
+    from prefkern.kernels.triton import logprobs
+
+    case = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype])
+    tile, logits = matrix(case.logits, shape), logits_of(shape, softcap, bias, scale, temperature)
+    stats = exact_stats(case, logits)
+    factors = Factors(*(torch.randn(shape.rows) if on else None for on in (c, e)))
+    out = empty(shape, DTYPES[written])
 
     def results() -> dict[str, Result]:
-        ones = torch.ones(shape.rows) if given[0] is None else given[0]
-        factor = options["temperature"]
-        factor = factor[:, None] if isinstance(factor, Tensor) else factor
-        wide = []
-        for d in (torch.float64, FLOAT):
-            grad = testing.grads_from_logits(*case, ones, given[1], dtype=d, **options, **more)
-            wide.append(-grad * factor / 0.8)
+        ones = torch.ones(shape.rows) if factors.c is None else factors.c
+        factor = logits.temperature[:, None] if isinstance(logits.temperature, Tensor) else logits.temperature
+        wide = [
+            testing.grads_from_logits(*case, ones, factors.e, dtype=d, **logits._asdict())
+            * -factor
+            / logits.logit_scale
+            for d in WIDE
+        ]
         return {"out": (out, wide[0], wide[1].to(out.dtype))}
 
     return Case(
-        lambda: fold.tile_bwd(tile, add, case.targets, stats, *given, out, v_start=0, logit_scale=0.8, **options),
+        lambda: logprobs.tile_bwd(tile, case.targets, stats, factors, out, logits),
         results,
-        _scored(case.targets) * shape.columns * 4 + 4 * shape.columns * bias,
+        shape.columns * (scored(case.targets) * tile.element_size() + 4 * bias),
         shape.rows * shape.columns * out.element_size(),
     )
 
 
-def held_bwd(shape: Shape, dtype: str) -> Case:
-    from prefkern.kernels import fold
+def held_bwd(shape: Shape, dtype: str, written: str) -> Case:
+    """The same from the held unscaled gradient, without softcap."""
+    from prefkern.kernels.triton import logprobs
 
-    case = testing.logit_case(shape.rows, shape.columns)
-    options = _row_options(shape, False, "one")
-    stats = _exact_stats(case, options)
-    u = testing.unscaled_from_logits(*case, **options)
-    held, out = matrix(u, shape, DTYPES[dtype]), empty(shape, DTYPES[dtype])
+    case, logits = testing.logit_case(shape.rows, shape.columns), Logits(ignore_index=testing.IGNORE)
+    stats = exact_stats(case, logits)
+    u = testing.unscaled_from_logits(case.logits, case.targets, **logits._asdict())
+    held, out = matrix(u, shape, DTYPES[dtype]), empty(shape, DTYPES[written])
     c, e = torch.randn(2, shape.rows)
 
     def results() -> dict[str, Result]:
         wide = []
-        for d in (torch.float64, FLOAT):  # of the same rounded tile
-            got, lp = held.to(d), stats.logps.to(d)
+        for d in WIDE:  # of the same rounded tile
+            got, lp, entropy = held.to(d), stats.logps.to(d)[:, None], stats.entropy
             at_target = torch.arange(shape.columns) == case.targets[:, None]
-            p = torch.where(at_target, lp.exp()[:, None], got)
-            once = torch.where(at_target, lp.expm1()[:, None], got)
-            log = torch.where(p > 0, p, 1.0).log() + stats.entropy[:, None].to(d)  # type: ignore[index, union-attr]
-            sum_ = c[:, None].to(d) * once + e[:, None].to(d) * p * log
-            wide.append(sum_.masked_fill((case.targets == testing.IGNORE)[:, None], 0.0))
+            p, once = torch.where(at_target, lp.exp(), got), torch.where(at_target, lp.expm1(), got)
+            assert entropy is not None
+            log = torch.where(p > 0, p, 1.0).log() + entropy.to(d)[:, None]
+            both = c[:, None].to(d) * once + e[:, None].to(d) * p * log
+            wide.append(both.masked_fill((case.targets == testing.IGNORE)[:, None], 0.0))
         return {"out": (out, wide[0], wide[1].to(out.dtype))}
 
-    size = shape.columns * held.element_size()
     return Case(
-        lambda: fold.held_bwd(held, case.targets, stats.logps, stats.entropy, c, e, out, ignore_index=testing.IGNORE),
+        lambda: logprobs.held_bwd(held, case.targets, stats, Factors(c, e), out, logits),
         results,
-        _scored(case.targets) * size,
-        shape.rows * size,
+        scored(case.targets) * shape.columns * held.element_size(),
+        shape.rows * shape.columns * out.element_size(),
     )
 
 
 def scale_rows(shape: Shape, dtype: str, written: str, post: bool, other: bool) -> Case:
-    from prefkern.kernels import scale
+    """Rows times a factor each, and a second matrix with factors of its own."""
+    from prefkern.kernels.triton import scale
 
-    x = matrix(torch.randn(shape[:2]), shape, DTYPES[dtype])
-    row = torch.randn(shape.rows)
+    x, row = matrix(torch.randn(shape[:2]), shape, DTYPES[dtype]), torch.randn(shape.rows)
     factor = torch.tensor(2.0**-9) if post else None
     second = (matrix(torch.randn(shape[:2]), shape, DTYPES[dtype]), torch.randn(shape.rows)) if other else None
     out = empty(shape, DTYPES[written])
 
     def results() -> dict[str, Result]:
         wide = []
-        for d in (torch.float64, FLOAT):
+        for d in WIDE:
             y = x.to(d) * row.to(d)[:, None]
             y = y if second is None else y + second[0].to(d) * second[1].to(d)[:, None]
             wide.append(y if factor is None else y * factor.to(d))
@@ -207,125 +182,109 @@ def scale_rows(shape: Shape, dtype: str, written: str, post: bool, other: bool) 
     )
 
 
-def _pair(shape: Shape, dtype: str, full: bool) -> tuple[Any, ...]:
-    """Two tiles, which rows count, and how logits are made of the tiles (``full``: bias, scale, softcap, rows)."""
+def pair_of(shape: Shape, dtype: str, full: bool) -> TilePair:
+    """Returns two tiles; ``full``: some rows not scored; bias, scale, softcap and a temperature per row of both."""
     one = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype])
     two = testing.logit_case(shape.rows, shape.columns, dtype=DTYPES[dtype], seed=1)
-    scored = one.targets != testing.IGNORE if full else None
-    forms = LogitForm(), LogitForm()
+    forms = [logits_of(shape, full, full, full, "rows" if full else "one") for _ in range(2)]
     if full:
-        bias, ref_bias = torch.randn(2, shape.columns)
-        rows = torch.linspace(0.5, 1.7, shape.rows)
-        forms = LogitForm(bias, 0.8, 5.0, rows), LogitForm(ref_bias, 1.3, 7.0, rows.flip(0).contiguous())
-    return matrix(one.logits, shape), matrix(two.logits, shape), scored, forms
+        forms[1] = forms[1]._replace(softcap=7.0, temperature=torch.linspace(1.7, 0.5, shape.rows))
+    rows = one.targets != testing.IGNORE if full else None
+    return TilePair(matrix(one.logits, shape), matrix(two.logits, shape), rows, *forms)
+
+
+def oracle(pair: TilePair) -> dict[str, Any]:
+    return {"scored": pair.scored, "form": pair.logits, "ref_form": pair.ref_logits}
+
+
+def divergence_bytes(pair: TilePair, passes: int) -> int:
+    """Returns the bytes of both tiles' scored rows, and of their biases."""
+    live = len(pair.tile) if pair.scored is None else int(pair.scored.sum())
+    biases = sum(4 for logits in (pair.logits, pair.ref_logits) if logits.bias is not None)
+    return passes * pair.tile.shape[1] * (2 * live * pair.tile.element_size() + biases)
 
 
 def divergence_fwd(shape: Shape, beta: float, dtype: str, held: str | None, entropy: bool, full: bool) -> Case:
-    from prefkern.kernels import divergence
+    """The divergence of rows, and with ``held`` its unscaled gradient (float16: times a power of two per row)."""
+    from prefkern.kernels.triton import divergence
 
-    tile, ref, scored, (form, ref_form) = _pair(shape, dtype, full)
-    rows = DivergenceRows._make(testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(5))
-    value, spread = (testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(2))
-    out = None if held is None else empty(shape, DTYPES[held])
-    peak = PEAK if held == "fp16" else None
-    oracle = {"beta": beta, "scored": scored, "form": form, "ref_form": ref_form}
+    pair = pair_of(shape, dtype, full)
+    new = [testing.poisoned(shape.rows, dtype=FLOAT) for _ in range(7)]
+    results_ = DivergenceResults(new[0], new[1] if entropy else None, DivergenceStats(*new[2:]))
+    u, peak = None if held is None else empty(shape, DTYPES[held]), PEAK if held == "fp16" else None
+    tiles = pair.tile, pair.ref_tile
 
     def results() -> dict[str, Result]:
-        wide = [testing.divergence_from_logits(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT)]
-        found: dict[str, Result] = {"divergence": (value, wide[0], wide[1])}
-        exact, eager = (_divergence_rows(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT))
-        for name, got in rows._asdict().items():
+        wide = [testing.divergence_from_logits(*tiles, beta=beta, dtype=d, **oracle(pair)) for d in WIDE]
+        found: dict[str, Result] = {"divergence": (new[0], wide[0], wide[1])}
+        exact, eager = (divergence_stats(pair, beta, d) for d in WIDE)
+        for name, got in results_.stats._asdict().items():
             found[name] = (got, getattr(exact, name), getattr(eager, name))
-        if out is not None and peak is None:  # a peak scales rows by their bound
-            u = [testing.unscaled_divergence(tile, ref, dtype=d, **oracle) for d in (torch.float64, FLOAT)]
-            found["u"] = (out, u[0], u[1].to(out.dtype))
+        if u is not None and peak is None:
+            both = [testing.unscaled_divergence(*tiles, beta=beta, dtype=d, **oracle(pair)) for d in WIDE]
+            found["u"] = (u, both[0], both[1].to(u.dtype))
         return found
 
-    live = shape.rows if scored is None else int(scored.sum())
-    passes = (2 if beta not in (0.0, 1.0) else 1) + (out is not None)
     return Case(
-        lambda: divergence.tile_fwd(
-            tile,
-            ref,
-            scored,
-            value,
-            spread if entropy else None,
-            rows,
-            out,
-            form=form,
-            ref_form=ref_form,
-            beta=beta,
-            peak=peak,
-        ),
+        lambda: divergence.tile_fwd(pair, results_, u, beta=beta, peak=peak),
         results,
-        passes * (2 * live * shape.columns * tile.element_size() + 8 * shape.columns * full),
-        0 if out is None else shape.rows * shape.columns * out.element_size(),
+        divergence_bytes(pair, (2 if beta not in (0.0, 1.0) else 1) + (u is not None)),
+        0 if u is None else shape.rows * shape.columns * u.element_size(),
     )
 
 
 def divergence_bwd(shape: Shape, beta: float, dtype: str, written: str, c: bool, full: bool) -> Case:
-    from prefkern.kernels import divergence
+    """The divergence's gradient times a factor for each row, recomputed from the tiles."""
+    from prefkern.kernels.triton import divergence
 
-    tile, ref, scored, (form, ref_form) = _pair(shape, dtype, full)
-    oracle = {"beta": beta, "scored": scored, "form": form, "ref_form": ref_form}
-    rows = DivergenceRows._make(value.float() for value in _divergence_rows(tile, ref, dtype=torch.float64, **oracle))
-    factor = torch.randn(shape.rows) if c else None
-    out = empty(shape, DTYPES[written])
+    pair = pair_of(shape, dtype, full)
+    stats = DivergenceStats._make(value.float() for value in divergence_stats(pair, beta, torch.float64))
+    factor, out = torch.randn(shape.rows) if c else None, empty(shape, DTYPES[written])
 
     def results() -> dict[str, Result]:
         scale = 1.0 if factor is None else factor[:, None].double()
-        u = [testing.unscaled_divergence(tile, ref, dtype=d, **oracle) * scale for d in (torch.float64, FLOAT)]
-        return {"out": (out, u[0], u[1].to(out.dtype))}
+        tiles = pair.tile, pair.ref_tile
+        both = [testing.unscaled_divergence(*tiles, beta=beta, dtype=d, **oracle(pair)) * scale for d in WIDE]
+        return {"out": (out, both[0], both[1].to(out.dtype))}
 
-    live = shape.rows if scored is None else int(scored.sum())
     return Case(
-        lambda: divergence.tile_bwd(
-            tile, ref, scored, rows, factor, out, form=form, ref_form=ref_form, beta=beta, peak=None
-        ),
+        lambda: divergence.tile_bwd(pair, stats, factor, out, beta=beta, peak=None),
         results,
-        2 * live * shape.columns * tile.element_size() + 8 * shape.columns * full,
+        divergence_bytes(pair, 1),
         shape.rows * shape.columns * out.element_size(),
     )
 
 
-def _divergence_rows(
-    tile: Tensor,
-    ref: Tensor,
-    *,
-    beta: float,
-    scored: Tensor | None,
-    form: LogitForm,
-    ref_form: LogitForm,
-    dtype: torch.dtype,
-) -> DivergenceRows:
+def divergence_stats(pair: TilePair, beta: float, dtype: torch.dtype) -> DivergenceStats:
     """Returns what the forward leaves for the backward, by the oracle."""
-    targets = torch.zeros(len(tile), dtype=torch.int64)
-    if scored is not None:
-        targets = targets.masked_fill(~scored, testing.IGNORE)
-    pairs = ((tile, form), (ref, ref_form))
-    one, two = (testing.stats_from_logits(t, targets, dtype=dtype, **f._asdict()) for t, f in pairs)
-    where = {"scored": scored, "form": form, "ref_form": ref_form}
+    targets = torch.zeros(len(pair.tile), dtype=torch.int64)
+    if pair.scored is not None:
+        targets = targets.masked_fill(~pair.scored, testing.IGNORE)
+    heads = ((pair.tile, pair.logits), (pair.ref_tile, pair.ref_logits))
+    one, two = (testing.stats_from_logits(t, targets, dtype=dtype, **f._asdict()) for t, f in heads)
     if beta in (0.0, 1.0):
-        center = testing.divergence_from_logits(tile, ref, beta=beta, dtype=dtype, **where)
+        center = testing.divergence_from_logits(pair.tile, pair.ref_tile, beta=beta, dtype=dtype, **oracle(pair))
     else:  # KL(p || m)
-        lp, lq = (divergences._log_probs(t.to(dtype), f)[0] for t, f in pairs)
+        lp, lq = (divergences._log_probs(t.to(dtype), f)[0] for t, f in heads)
         center = divergences._gap(lp, divergences._mixture(lp, lq, beta)).sum(-1)
-        center = center if scored is None else center.masked_fill(~scored, 0.0)
-    return DivergenceRows(one.row_max, one.log_sum, two.row_max, two.log_sum, center)
+        center = center if pair.scored is None else center.masked_fill(~pair.scored, 0.0)
+    return DivergenceStats(one.row_max, one.log_sum, two.row_max, two.log_sum, center)
 
 
 _SUBSETS = tuple("".join(letters) for n in range(5) for letters in itertools.combinations("eqmt", n))
-_ALL, _FLAG, _SOME = tuple(DTYPES), (False, True), ("", "e", "q", "m", "t", "eqmt")
+_ALL, _FLAG, _TEMPERATURES = tuple(DTYPES), (False, True), ("one", "rows")
+_MADE = {"softcap": _FLAG, "bias": _FLAG, "scale": _FLAG}
 LAUNCHERS: dict[str, Launcher] = {
-    "logprobs_fwd": Launcher(
-        logprobs_fwd, {"dtype": _ALL, "wanted": _SUBSETS, "softcap": _FLAG, "temperature": ("one", "rows")}
+    "scoring": Launcher(
+        tile_fwd, {"dtype": _ALL, "held": (None,), "wanted": _SUBSETS, "softcap": _FLAG, "temperature": _TEMPERATURES}
     ),
-    "logprobs_bwd": Launcher(
-        logprobs_bwd, {"dtype": _ALL, "entropy": _FLAG, "softcap": _FLAG, "temperature": ("one", "rows")}
+    "fold": Launcher(tile_fwd, {"dtype": ("fp32",), "held": (None, *_ALL), "wanted": ("", "e", "m", "eqmt")} | _MADE),
+    "tile_bwd": Launcher(tile_bwd, {"dtype": ("fp32",), "written": _ALL, "c": _FLAG, "e": _FLAG} | _MADE),
+    "logits_bwd": Launcher(
+        tile_bwd,
+        {"dtype": _ALL, "written": _ALL, "c": (True,), "e": _FLAG, "softcap": _FLAG, "temperature": _TEMPERATURES},
     ),
-    "tile_fwd": Launcher(tile_fwd, {"held": (None, *_ALL), "wanted": _SOME, "softcap": _FLAG, "bias": _FLAG}),
-    "tile_bwd": Launcher(tile_bwd, {"dtype": _ALL, "c": _FLAG, "e": _FLAG, "softcap": _FLAG, "bias": _FLAG}),
-    "held_bwd": Launcher(held_bwd, {"dtype": _ALL}),
+    "held_bwd": Launcher(held_bwd, {"dtype": _ALL, "written": _ALL}),
     "scale_rows": Launcher(scale_rows, {"dtype": _ALL, "written": _ALL, "post": _FLAG, "other": _FLAG}),
     "divergence_fwd": Launcher(
         divergence_fwd,

@@ -122,13 +122,9 @@ def victim(request: pytest.FixtureRequest, ptx: Device) -> Iterator[Any]:
     """A kernel of the library: its PTX, and a function that runs a broken copy of it."""
     ptx.run.only = None
     name = request.param
-    count = len(ptx.utils.kernels)
     cases.case(name, SHAPE).launch()
-    if len(ptx.utils.kernels) == count:  # compiled before: which of the kernels it is
-        entry = ptx.run.launches[-1].kernel
-        number = max(i for i, kernel in enumerate(ptx.utils.kernels) if kernel.program.name == entry)
-    else:
-        number = count
+    number = ptx.run.launches[-1].function
+    assert number is not None
     whole = ptx.utils.kernels[number]
 
     def run(text: str) -> Exception | None:

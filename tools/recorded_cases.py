@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import prefkern
+from prefkern.losses.policy import POLICY_LOSSES
 from recorded_inputs import (
     BF16,
     F16,
@@ -173,6 +174,34 @@ def policy() -> Cases:
             yield Case("value_loss", f"{layout} {dtype}", {**values, **bounds}, options)
 
 
+def policy_table() -> Cases:
+    needed = {"cispo": {"epsilon_high": 1.4}, "dro": {"dro_beta": 0.3}, "clip_cov": {"cov_ratio": 1.0}}
+    for (layout, (rows, bounds)), dtype in itertools.product(LAYOUTS.items(), (BF16, F32, F64)):
+        label = f"{layout} {dtype}"
+        tokens = rows_of("logps old_logps ref_logps", *rows, trained="logps", dtype=dtype)
+        tokens |= {"advantages": normal(4, seed=3, dtype=dtype), "mask": flags(*rows, seed=2), **bounds}
+        weights = {"token_weights": normal(*rows, seed=4).abs(), "is_correct": flags(4, seed=5)}
+        for name in POLICY_LOSSES:
+            options = {"loss_type": name, "normalizer": 9.0, "max_completion_length": 6.0, **needed.get(name, {})}
+            yield Case("grpo_loss", label, tokens, options)
+            more = {"beta": 0.1, "positive_nll_coef": 0.2, "kl_gradient": "unbiased"}
+            yield Case("grpo_loss", f"{label} weighted", {**tokens, **weights}, {**options, **more})
+        for level in ("sequence", "product"):
+            options = {"loss_type": "grpo", "importance_sampling_level": level, "beta": 0.1}
+            yield Case("grpo_loss", label, tokens, options)
+        del tokens["ref_logps"]
+        yield Case("GRPOLoss", label, tokens, {"loss_type": "luspo", "delta": 1.5})
+        for name in ("rloo_loss", "RLOOLoss"):
+            yield Case(name, label, tokens, {"epsilon_high": 0.3})
+        pair = {**rows_of("logps rollout_logps", *rows, trained="", dtype=dtype), "mask": tokens["mask"], **bounds}
+        for options in choices(level=("token", "sequence", "geometric"), mode=("truncate", "mask"), gate=(None, "kl")):
+            gate = {"gate_level": "sequence_max", "gate_high": 0.4} if options["gate"] else {}
+            yield Case("importance_weights", label, pair, {**options, **gate})
+        hidden = {**head(*rows), **{key: tokens[key] for key in ("old_logps", "advantages", "mask")}, **bounds}
+        yield Case("linear_grpo_loss", label, hidden, {"loss_type": "grpo", "entropy_coef": 0.1})
+        yield Case("linear_rloo_loss", label, hidden)
+
+
 def linear_losses() -> Cases:
     for layout, (rows, bounds) in LAYOUTS.items():
         models = {"one product": (head(*rows), {}), "bfloat16": (head(*rows, dtype=BF16), {})}
@@ -293,4 +322,4 @@ def plans() -> Cases:
         yield Case("plan.explain", "", {"tokens": 4096, "hidden": 512, "vocab": 32000}, options)
 
 
-EVERY = (plans, waist, sequences, preference, policy, linear_losses, linear_sums, divergences)
+EVERY = (plans, waist, sequences, preference, policy, policy_table, linear_losses, linear_sums, divergences)

@@ -285,6 +285,9 @@ def test_metrics_of_the_tokens(packed) -> None:
         ("linear_ppo_loss", {"old_logps": torch.zeros(4, 9), "advantages": torch.zeros(4)}, 3),
         ("linear_ppo_loss", {"old_logps": torch.zeros(4, 9), "advantages": torch.zeros(4), "entropy_coef": 0.1}, 3),
         ("linear_ppo_loss", {"old_logps": torch.zeros(4, 9), "advantages": torch.zeros(4), "max_memory": 0}, 4),
+        ("linear_grpo_loss", {"old_logps": None, "advantages": torch.zeros(4), "normalizer": 36}, 3),
+        ("linear_grpo_loss", {"old_logps": None, "advantages": torch.zeros(4), "normalizer": 36, "ref": True}, 4),
+        ("linear_rloo_loss", {"old_logps": None, "advantages": torch.zeros(4), "entropy_coef": 0.1}, 3),
     ],
 )
 def test_products(form, arguments, products) -> None:

@@ -6,7 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefkern.losses import dpo_loss, kto_kl, kto_loss, orpo_loss, pair_logps, ppo_loss, sequence_logps, shift_labels
+from prefkern.losses import (
+    dpo_loss,
+    grpo_loss,
+    importance_weights,
+    kto_kl,
+    kto_loss,
+    orpo_loss,
+    pair_logps,
+    ppo_loss,
+    rloo_loss,
+    sequence_logps,
+    shift_labels,
+)
+from prefkern.losses.policy import POLICY_LOSSES
 
 T, B = 40, 4
 OFFSETS = torch.tensor([0, 0, 35, 70, 2 * B * T // 2, 200, 260, 300, 2 * B * T])
@@ -39,9 +52,32 @@ def ppo(x: dict[str, Tensor], cu: Tensor | None) -> Tensor:
     return torch.stack([loss, *metrics.values()])
 
 
+def grpo(name: str) -> Callable[[dict[str, Tensor], Tensor | None], Tensor]:
+    needed = {"epsilon_high": 1.3, "dro_beta": 0.4}
+    options = {key: needed[key] for key in POLICY_LOSSES[name].needs if key in needed}
+    options |= {"cov_ratio": 1.0, "clip_cov_low": 0.1} if name == "clip_cov" else {}  # no draw decides
+
+    def function(x: dict[str, Tensor], cu: Tensor | None) -> Tensor:
+        given = {"cu_seqlens": cu, "normalizer": x["count"], "max_completion_length": 50.0, "beta": 0.1}
+        given |= {"is_correct": x["labels"], "positive_nll_coef": 0.1, "token_weights": x["ref"].exp()}
+        tensors = x["logps"], x["ref"], x["advantages"], x["mask"]
+        loss, metrics = grpo_loss(*tensors, ref_logps=x["ref"], loss_type=name, **given, **options)
+        return torch.stack([loss, *metrics.values()])
+
+    return function
+
+
+def corrected_rloo(x: dict[str, Tensor], cu: Tensor | None) -> Tensor:
+    options = {"level": "sequence", "mode": "mask", "low": 1e-8, "high": 1e8, "cu_seqlens": cu}
+    gate = {"gate": "kl", "gate_level": "sequence_max", "gate_high": 0.3}
+    weights, mask, shown = importance_weights(x["ref"], x["logps"].detach(), x["mask"], **options, **gate)
+    loss, metrics = rloo_loss(x["logps"], None, x["advantages"], mask, token_weights=weights, cu_seqlens=cu)
+    return torch.stack([loss, *metrics.values(), *shown.values()])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("function", [dpo, kto, orpo, ppo])
+@pytest.mark.parametrize("function", [dpo, kto, orpo, ppo, corrected_rloo, *map(grpo, POLICY_LOSSES)])
 def test_cuda_equals_cpu_without_a_wait(function: Callable[[dict[str, Tensor], Tensor | None], Tensor], packed) -> None:
     shape = (2 * B * T,) if packed else (2 * B, T)
     x = {

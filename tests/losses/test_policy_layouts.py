@@ -299,3 +299,20 @@ def test_importance_weights_padded_equal_packed(lengths, seed, level, gate, gate
     assert torch.equal(packed.mask, padded.mask[case.inside])
     assert not (padded.mask & ~case.mask).any()
     close(packed.metrics, padded.metrics)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", POLICY_LOSSES)
+def test_no_value_is_read_off_the_cpu(name, packed) -> None:
+    """A tensor without values has none to wait for."""
+    case = Case([4, 2, 5], 1)
+    arguments = case.packed(case.arguments()) if packed else case.arguments()
+    there = {key: value.to("meta") for key, value in arguments.items()}
+    options = {**TERMS, **options_of(name), "normalizer": torch.zeros((), device="meta"), "max_completion_length": 9.0}
+    loss, grad, _, metrics = run(there, loss_type=name, **options)
+    assert all(tensor.device.type == "meta" for tensor in (loss, grad, *metrics.values()))
+    tensors = {key: there.get(key) for key in ("mask", "cu_seqlens")}
+    for level in ("token", "sequence", "geometric"):
+        gate = {"gate": "kl", "gate_level": "sequence_max", "gate_high": 1.0, "normalize": True}
+        found = importance_weights(there["logps"], there["old_logps"], **tensors, level=level, mode="mask", **gate)
+        assert all(tensor.device.type == "meta" for tensor in (found.weights, found.mask, *found.metrics.values()))

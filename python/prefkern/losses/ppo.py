@@ -102,7 +102,7 @@ def ppo_loss(
 
     ``delta`` is the dual clip: the first c1 becomes ``min(c1, delta)``, which bounds the loss of a negative advantage.
     k estimates ``KL(policy || reference)`` with ``x = lp_ref - lp``: k1 ``-x``, k2 ``x^2 / 2``, k3 ``e^x - x - 1``; see
-    ``grpo_loss`` for what their gradients estimate, and for ``kl_gradient="unbiased"``. Without clip, value model and
+    ``grpo_loss`` for what their gradients estimate, and for ``kl_gradient="unbiased"``. Without value model and
     reference it is the textbook's ``E min(r A, clip(r, 1 - e, 1 + e) A)``. Log-ratios are held within +-20, without a
     gradient beyond. The entropy, likelihood and value terms are means over their own tokens in this call, whatever the
     reduction. Gradients reach ``logps``, ``entropy`` and ``values`` only.

@@ -8,7 +8,7 @@ from prefkern.data import gae
 
 
 def test_in_place_and_blocks_of_every_length():
-    """Lengths around the cells of a window and of a block, every placement of the outputs, and rows that start anywhere."""
+    """Lengths around the cells of a window and of a block, every placement of the outputs, rows that start anywhere."""
     rng = np.random.default_rng(3)
     for width in (*range(40), 63, 64, 65, 127, 128, 129, 255):
         rewards, values = rng.normal(size=(2, 3, width)).astype(np.float32)

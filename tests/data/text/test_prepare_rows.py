@@ -326,6 +326,8 @@ class Moody(Verbatim):
     """Raises for a whole batch because of one text."""
 
     def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
+        if isinstance(texts, str):
+            raise TypeError("only batches")
         if any("z" in text for text in texts):
             raise OverflowError("too odd\nfor me")
         return super().__call__(texts, **options)

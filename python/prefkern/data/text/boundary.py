@@ -23,17 +23,22 @@ class Specials(NamedTuple):
         return ids[begin:] if begin and ids[begin : 2 * begin] == self.prefix else ids
 
 
-def specials_of(tokenizer: Any) -> Specials:
-    """Found in one letter's tokens, with and without them."""
-    options = {"return_attention_mask": False, "verbose": False}
-    bare, full = (list(tokenizer("a", add_special_tokens=added, **options)["input_ids"]) for added in (False, True))
-    inside = (at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare)
-    begin = next(inside, None)
-    known = frozenset(getattr(tokenizer, "all_special_ids", ()))
-    end = getattr(tokenizer, "eos_token_id", None)
-    if begin is None or not bare:
-        return Specials([], [], end, known)
-    return Specials(full[:begin], full[begin + len(bare) :], end, known)
+def specials_of(tokenizer: Any, *, text: bool) -> Specials:
+    """``text``: what stands around it matters too, and is found in one letter's tokens, with and without it."""
+    known, end = frozenset(getattr(tokenizer, "all_special_ids", ())), getattr(tokenizer, "eos_token_id", None)
+    around = _around(tokenizer) if text else None
+    prefix, suffix = around or ([], [])
+    return Specials(prefix, suffix, end, known)
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    try:
+        bare, full = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (False, True))
+    except Exception:  # it cannot be asked: what it makes of the rows is taken as it is
+        return None
+    places = range(len(full) - len(bare) + 1) if bare else ()
+    at = next((at for at in places if full[at : at + len(bare)] == bare), None)
+    return None if at is None else (full[:at], full[at + len(bare) :])
 
 
 def prompt_end(prompt: list[int], whole: Sequence[list[int]], special: frozenset[int]) -> int:

@@ -73,7 +73,7 @@ class Tokenize:
         rendered = [self._render(row) for row in self._rows(batch)]
         chats = [row for row in rendered if isinstance(row, Rendered) and row.example.conversational]
         plain = [row for row in rendered if isinstance(row, Rendered) and not row.example.conversational]
-        specials = specials_of(self.tokenizer)
+        specials = specials_of(self.tokenizer, text=bool(plain))
         tokens = {
             True: iter(self._tokens([text for row in chats for text in row.strings], add_special_tokens=False)),
             False: iter(self._tokens([text for row in plain for text in row.strings])),

@@ -70,7 +70,7 @@ CALLS = [
     (
         lambda: DPO(X, loss_type=["hinge", "ipo"], label_smoothing=0.1),
         ValueError,
-        "dpo_loss: label_smoothing is for loss_type=.*; 'hinge' and 'ipo' has none, got 0.1",
+        "dpo_loss: label_smoothing is for loss_type=.*; 'hinge' and 'ipo' have none, got 0.1",
     ),
     (
         lambda: DPO(X, loss_weights=[1.0, 2.0]),

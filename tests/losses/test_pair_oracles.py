@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from prefkern.losses import dpo_loss, pair_logps, wpo_weights
+from prefkern.losses import cpo_loss, dpo_loss, kto_loss, pair_logps, wpo_weights
+from prefkern.losses.cpo import CPO_LOSSES
+from prefkern.losses.kto import UNPAIRED_LOSSES
 from prefkern.losses.links import LINKS
 from prefkern.losses.preference import PAIR_LOSSES, DPOLossType
 
@@ -270,3 +272,21 @@ def test_a_mixture_compiles_to_one_graph() -> None:
     lp, names = sums(), ["sigmoid", "bco_pair", "sft"]
     got = compiled({"loss_type": names, "loss_weights": [0.8, 0.2, 1.0]})(*lp)
     torch.testing.assert_close(got, call(names, lp, loss_weights=[0.8, 0.2, 1.0]))
+
+
+@pytest.mark.parametrize("name", [*UNPAIRED_LOSSES, *CPO_LOSSES])
+def test_unpaired_and_contrastive_losses_compile_to_one_graph(name) -> None:
+    torch._dynamo.reset()
+    c, r, ref_c, _ = sums()
+    c.requires_grad_()
+    labels = torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool()
+
+    def loss(c: Tensor, r: Tensor) -> Tensor:
+        if name in UNPAIRED_LOSSES:
+            return kto_loss(c, ref_c, labels, kl=0.3, loss_type=name).loss
+        out = cpo_loss(c, r, None if name == "simpo" else -c, loss_type=name, alpha=0.2)
+        return out.loss + out.metrics["rewards/margins"]
+
+    got, want = torch.compile(loss, fullgraph=True, backend="eager")(c, r), loss(c, r)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x, c)[0] for x in (got, want)))

@@ -38,7 +38,7 @@ def check_loss_types(
         )
     if not smoothed and label_smoothing != 0.0:
         used = _listed(family, lambda row: row.smoothing is not None)
-        check.fail(where, f"label_smoothing is for loss_type={used}; {_named(names)} has none, got {label_smoothing!r}")
+        check.fail(where, f"label_smoothing is for loss_type={used}; {_without(names)}, got {label_smoothing!r}")
 
 
 def check_mixture(where: str, loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, link: str) -> None:
@@ -73,11 +73,15 @@ def check_pair_tensors(where: str, names: tuple[str, ...], *, weights: Tensor | 
         )
     if margin is not None and not any(PAIR_LOSSES[name].margin for name in names):
         takes = _listed(PAIR_LOSSES, lambda row: row.margin)
-        check.fail(where, f"margin is for loss_type={takes}; {_named(names)} has none: leave it out")
+        check.fail(where, f"margin is for loss_type={takes}; {_without(names)}: leave it out")
 
 
 def _named(names: tuple[str, ...]) -> str:
     return " and ".join(map(repr, names))
+
+
+def _without(names: tuple[str, ...]) -> str:
+    return f"{_named(names)} {'has' if len(names) == 1 else 'have'} none"
 
 
 def _listed(family: dict[str, Any], having: Callable[[Any], bool] = lambda row: True) -> str:

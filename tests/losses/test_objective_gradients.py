@@ -82,7 +82,7 @@ CASES = {
         lambda lp: OBJECTIVES["cross_entropy.negative_log_likelihood"](lp, A > 0, OLD),
         (LP,),
     ),
-    **{f"policy {name}": sampled(name) for name in POLICY_LOSSES.keys() - STOPPED},
+    **{f"policy {name}": sampled(name) for name in POLICY_LOSSES if name not in STOPPED},
     "policy grpo dual": sampled("grpo", epsilon_high=0.3, delta=1.5),
     "ratios.sequence_log_ratio": (
         lambda lp: OBJECTIVES["ratios.sequence_log_ratio"](lp, OLD, A > -2.5, torch.tensor([0, 2, 2, 6]), "sequence"),

@@ -1,4 +1,4 @@
-"""What trainers do with logits, on lazy and on real ones: values, gradients, dtypes, and how often real ones were made."""
+"""What trainers do with logits, on lazy and on real ones: values, gradients, dtypes, how often real ones were made."""
 
 import warnings
 from collections.abc import Callable
@@ -285,7 +285,7 @@ def test_what_was_made_before_a_change_in_place_keeps_its_numbers() -> None:
 def test_real_logits_and_their_slices_share_memory_as_usual() -> None:
     model = tiny().requires_grad_(False)
     expected = model(input_ids=IDS).logits
-    with lazy_logits(model), pytest.warns(RealLogitsWarning, match="__setitem__"):
+    with lazy_logits(model), pytest.warns(RealLogitsWarning, match="__setitem__"):  # noqa: PT031
         logits = model(input_ids=IDS).logits
         part = logits[:, :2]
         part[..., 0] = 9.0

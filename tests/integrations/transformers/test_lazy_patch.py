@@ -91,7 +91,7 @@ def test_a_model_without_an_output_layer_is_refused() -> None:
         vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
-        with pytest.raises(TypeError, match="prefkern.lazy_logits: model must be a causal language model"):
+        with pytest.raises(TypeError, match=r"prefkern.lazy_logits: model must be a causal language model"):
             patch(kind(config))
 
 
@@ -188,7 +188,7 @@ def test_a_forward_that_was_there_before_is_called_for_real_logits_and_given_bac
         return own(x)
 
     model.lm_head.forward = forward
-    with lazy_logits(model, check=False), pytest.warns(RealLogitsWarning):
+    with lazy_logits(model, check=False), pytest.warns(RealLogitsWarning):  # noqa: PT031
         before = len(calls)
         model(input_ids=IDS).logits.sort(-1)
         assert len(calls) == before + 1
@@ -217,7 +217,7 @@ def test_logits_whose_weight_was_stepped_on_are_refused() -> None:
 
 def test_one_warning_for_each_line() -> None:
     model = tiny()
-    with lazy_logits(model) as lazy, pytest.warns(RealLogitsWarning) as told:
+    with lazy_logits(model) as lazy, pytest.warns(RealLogitsWarning) as told:  # noqa: PT031
         for _ in range(3):
             model(input_ids=IDS).logits.sort(-1)
         model(input_ids=IDS).logits.sort(-1)
@@ -228,7 +228,7 @@ def test_one_warning_for_each_line() -> None:
 
 def test_the_gradient_of_the_logits_is_for_whoever_hooks_on_to_them() -> None:
     model, seen = tiny(), []
-    with lazy_logits(model), pytest.warns(RealLogitsWarning, match="register_hook"):
+    with lazy_logits(model), pytest.warns(RealLogitsWarning, match="register_hook"):  # noqa: PT031
         logits = model(input_ids=IDS).logits
         logits.register_hook(seen.append)
         logits.logsumexp(-1).sum().backward()

@@ -75,7 +75,7 @@ def test_fsdp_with_the_loss_outside_is_refused_with_the_remedy() -> None:
 
 def test_a_model_that_is_sharded_already_needs_check_false() -> None:
     model = sharded(tiny())
-    with pytest.raises(ValueError, match="are sharded or on meta, .* or pass check=False"):
+    with pytest.raises(ValueError, match=r"are sharded or on meta, .* or pass check=False"):
         patch(model)
     with lazy_logits(model, check=False) as lazy:
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -85,7 +85,7 @@ def test_a_model_that_is_sharded_already_needs_check_false() -> None:
 def test_zero_3_is_refused() -> None:
     model = tiny()
     model.lm_head.weight.ds_id = 0  # as DeepSpeed marks its parameters
-    with pytest.raises(ValueError, match="ZeRO-3 takes the output layer's weight away.*train with ZeRO-2 or FSDP2"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 takes the output layer's weight away.*train with ZeRO-2 or FSDP2"):
         patch(model)
     del model.lm_head.weight.ds_id
     with lazy_logits(model):

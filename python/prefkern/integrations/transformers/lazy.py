@@ -5,10 +5,10 @@
     patch(model)
     transformers.Trainer(model, ...).train()
 
-The output layer hands out a tensor that knows its hidden states and its weight in place of ``[B, T, V]`` numbers. Shifts,
-slices, casts, a temperature, a cap, ``cross_entropy``, ``log_softmax`` with ``gather``, ``logsumexp``, entropies, means
-and ``argmax`` are answered from there by `linear_token_logprobs` and `linear_cross_entropy`; anything else makes the real
-logits with the model's own product, once, and says at which line.
+The output layer hands out a tensor that knows its hidden states and its weight in place of ``[B, T, V]`` numbers.
+Shifts, slices, casts, a temperature, a cap, ``cross_entropy``, ``log_softmax`` with ``gather``, ``logsumexp``, entropies,
+means and ``argmax`` are answered from there by `linear_token_logprobs` and `linear_cross_entropy`; anything else makes the
+real logits with the model's own product, once, and says at which line.
 """
 
 import types
@@ -103,16 +103,16 @@ def lazy_logits(*models: Any, check: bool = True) -> LazyPatch:
 
 
 def patch(*models: Any, check: bool = True) -> LazyPatch:
-    """Makes the logits of the models lazy from now on, until `unpatch`, or the end of the block where the result is used
-    in ``with``. Patching twice changes nothing; logits stay lazy until every block has ended.
+    """Makes the logits of the models lazy from now on, until `unpatch`, or the end of the block where the result is
+    used in ``with``. Patching twice changes nothing; logits stay lazy until every block has ended.
 
     The model's own code runs as it is, on logits that are a scale, a cap or a slice of what its output layer hands out,
     and so do its losses and those of a trainer. Their values are as exact as float32 logits; gradients reach the hidden
     states, the weight, the bias and a LoRA adapter on the layer. What is not answered makes the real logits through
     the model's own layer, once for each forward, and warns (`RealLogitsWarning`) with the line that asked.
 
-    One position without a gradient, as in ``generate``, is made at once. Under ``torch.compile`` of the whole model logits
-    are real: compile the trunk alone (``model.model = torch.compile(model.model)``). Under FSDP the loss must be made
+    One position without a gradient, as in ``generate``, is made at once. Under ``torch.compile`` of the whole model
+    logits are real: compile the trunk alone (``model.model = torch.compile(model.model)``). Under FSDP the loss must be made
     inside the wrapped forward (pass ``labels``); DeepSpeed ZeRO-3 is refused.
 
     Args:
@@ -148,7 +148,7 @@ def unpatch(model: Any) -> None:
 
 
 def _install(model: Any, layer: _Layer, holder: object) -> _Installed:
-    state = vars(layer)
+    state: dict[str, Any] = layer.__dict__
     if _MARK not in state:
         state[_MARK] = _Installed(state.get("forward"))
         state["forward"] = types.MethodType(_forward, layer)  # a method: a copy of the layer gets one of its own
@@ -160,7 +160,7 @@ def _install(model: Any, layer: _Layer, holder: object) -> _Installed:
 
 
 def _remove(model: Any, layer: _Layer, installed: _Installed) -> None:
-    state = vars(layer)
+    state: dict[str, Any] = layer.__dict__
     mine = state.get("forward")
     if getattr(mine, "__func__", None) is _forward:
         del state["forward"], state[_MARK]
@@ -184,8 +184,8 @@ def _same_head(model: Any, inputs: Any) -> None:
     if not any(_MARK in vars(each) for each in (layer, model.get_output_embeddings())):
         checks.fail(
             _WHERE,
-            f"the output layer of {type(model).__name__} was replaced after patch(model), so that its logits are no longer "
-            "lazy: call unpatch(model), and patch(model) again once the model is complete",
+            f"the output layer of {type(model).__name__} was replaced after patch(model), so that its logits are no "
+            "longer lazy: call unpatch(model), and patch(model) again once the model is complete",
         )
 
 
@@ -228,7 +228,7 @@ def _can_be_lazy(hidden: Any) -> bool:
         return not _compiled()
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point() or hidden.is_meta or hidden.ndim < 2:
         return False
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return torch.is_grad_enabled() or hidden.shape[-2] != 1  # the next token of generate
 
@@ -249,8 +249,8 @@ def _refuse_sharded(matrix: Matrix) -> None:
     if hasattr(matrix.weight, "ds_id"):
         checks.fail(
             _WHERE,
-            "DeepSpeed ZeRO-3 takes the output layer's weight away as soon as that layer has run, and lazy logits need it "
-            "later: train with ZeRO-2 or FSDP2",
+            "DeepSpeed ZeRO-3 takes the output layer's weight away as soon as that layer has run, and lazy logits need "
+            "it later: train with ZeRO-2 or FSDP2",
         )
 
 
@@ -263,9 +263,9 @@ def _unchanged(layer: _Layer, hidden: Tensor, weight: Tensor) -> Callable[[], No
         if type(now).__name__ == "DTensor" or now is not weight:
             checks.fail(
                 _WHERE,
-                "the output layer's weight is not the one of the forward any more, because FSDP has sharded it again, or it "
-                "was replaced: make the loss inside the wrapped forward (pass labels to model(...)), before anything else "
-                "is done to the model, or call unpatch(model)",
+                "the output layer's weight is not the one of the forward any more, because FSDP has sharded it again, or "
+                "it was replaced: make the loss inside the wrapped forward (pass labels to model(...)), before anything "
+                "else is done to the model, or call unpatch(model)",
             )
         if _versions(hidden, weight) != versions:
             checks.fail(

@@ -46,8 +46,8 @@ class Book:
         self._told.add((file, line))
         warnings.warn_explicit(
             f"prefkern: {asked} needs the logits themselves, so that they were made: {tuple(shape)}, "
-            f"{shape.numel() * dtype.itemsize / 1e6:.3g} MB. Results are the model's own; memory and time are not saved "
-            "at this line",
+            f"{shape.numel() * dtype.itemsize / 1e6:.3g} MB. Results are the model's own; memory and time are not "
+            "saved at this line",
             RealLogitsWarning,
             file,
             line,
@@ -210,7 +210,7 @@ class LazyLogits(Tensor):
         return answer(function, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Below autograd, where only numbers count: what got here did not pass `__torch_function__`."""
@@ -255,8 +255,8 @@ class _Born(torch.autograd.Function):
 
 def _refuse_stale(change: str) -> NoReturn:
     raise RuntimeError(
-        f"prefkern.lazy_logits: these logits share memory with others that were changed in place ({change}), which logits "
-        "that do not exist cannot follow: use the changed ones, or write `logits = logits / temperature` in place of "
+        f"prefkern.lazy_logits: these logits share memory with others that were changed in place ({change}), which "
+        "logits that do not exist cannot follow: use the changed ones, or write `logits = logits / temperature` in place of "
         "`logits.div_(temperature)`"
     )
 

@@ -139,7 +139,7 @@ def _pick(x: LazyLogits, lead: tuple[Any, ...], last: Any) -> Any:
     tensors = [each for each in (*lead, last) if isinstance(each, Tensor) and each.dtype in (torch.int64, torch.int32)]
     if len(tensors) != x.dim():
         return NotImplemented
-    *lead_index, token = torch.broadcast_tensors(*tensors)
+    *lead_index, token = torch.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
     return x[tuple(lead_index)].gather(-1, token.long().unsqueeze(-1)).squeeze(-1)
 
 
@@ -208,7 +208,7 @@ def _split(x: LazyLogits, split_size_or_sections: Any, dim: int = 0, **named: An
 
 @answers(T.chunk, torch.chunk)
 def _chunk(x: LazyLogits, chunks: int, dim: int = 0) -> Any:
-    return x.split(max(1, math.ceil(x.shape[dim] / chunks)), dim) if _lead_dim(x, dim) else NotImplemented
+    return _split(x, max(1, math.ceil(x.shape[dim] / chunks)), dim) if _lead_dim(x, dim) else NotImplemented
 
 
 @answers(T.unbind, torch.unbind)
@@ -217,7 +217,7 @@ def _unbind(x: LazyLogits, dim: int = 0) -> Any:
         return NotImplemented
     x, rows = x if torch.is_grad_enabled() else x.detach(), []  # type: ignore[assignment]
     for index in range(x.shape[0]):
-        row = x[index]
+        row: Any = x[index]
         row.cell.whole = x.cell, index
         rows.append(row)
     return tuple(rows)

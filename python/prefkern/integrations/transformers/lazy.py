@@ -6,9 +6,9 @@
     transformers.Trainer(model, ...).train()
 
 The output layer hands out a tensor that knows its hidden states and its weight in place of ``[B, T, V]`` numbers.
-Shifts, slices, casts, a temperature, a cap, ``cross_entropy``, ``log_softmax`` with ``gather``, ``logsumexp``, entropies,
-means and ``argmax`` are answered from there by `linear_token_logprobs` and `linear_cross_entropy`; anything else makes the
-real logits with the model's own product, once, and says at which line.
+Shifts, slices, casts, a temperature, a cap, ``cross_entropy``, ``log_softmax`` with ``gather``, ``logsumexp``,
+entropies, means and ``argmax`` are answered from there by `linear_token_logprobs` and `linear_cross_entropy`; anything
+else makes the real logits with the model's own product, once, and says at which line.
 """
 
 import types
@@ -112,8 +112,8 @@ def patch(*models: Any, check: bool = True) -> LazyPatch:
     the model's own layer, once for each forward, and warns (`RealLogitsWarning`) with the line that asked.
 
     One position without a gradient, as in ``generate``, is made at once. Under ``torch.compile`` of the whole model
-    logits are real: compile the trunk alone (``model.model = torch.compile(model.model)``). Under FSDP the loss must be made
-    inside the wrapped forward (pass ``labels``); DeepSpeed ZeRO-3 is refused.
+    logits are real: compile the trunk alone (``model.model = torch.compile(model.model)``). Under FSDP the loss must be
+    made inside the wrapped forward (pass ``labels``); DeepSpeed ZeRO-3 is refused.
 
     Args:
         models: causal language models of transformers, alone or in peft, DDP or torch.compile.
@@ -263,9 +263,9 @@ def _unchanged(layer: _Layer, hidden: Tensor, weight: Tensor) -> Callable[[], No
         if type(now).__name__ == "DTensor" or now is not weight:
             checks.fail(
                 _WHERE,
-                "the output layer's weight is not the one of the forward any more, because FSDP has sharded it again, or "
-                "it was replaced: make the loss inside the wrapped forward (pass labels to model(...)), before anything "
-                "else is done to the model, or call unpatch(model)",
+                "the output layer's weight is not the one of the forward any more, because FSDP has sharded it again, "
+                "or it was replaced: make the loss inside the wrapped forward (pass labels to model(...)), before "
+                "anything else is done to the model, or call unpatch(model)",
             )
         if _versions(hidden, weight) != versions:
             checks.fail(

@@ -256,8 +256,8 @@ class _Born(torch.autograd.Function):
 def _refuse_stale(change: str) -> NoReturn:
     raise RuntimeError(
         f"prefkern.lazy_logits: these logits share memory with others that were changed in place ({change}), which "
-        "logits that do not exist cannot follow: use the changed ones, or write `logits = logits / temperature` in place "
-        "of "
+        "logits that do not exist cannot follow: use the changed ones, or write `logits = logits / temperature` in "
+        "place of "
         "`logits.div_(temperature)`"
     )
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables into README.md, docs/measured.md and docs/cpu-head.md, between their markers,
+"""Writes the measured tables into README.md and the pages of docs/ that show some, between their markers,
 ``<!-- begin: NAME -->``.
 
 Sources: ``bench/results/cpu/bench.json`` and, where there is one, ``bench/results/gpu/bench.json``
@@ -153,7 +153,7 @@ def sections() -> dict[str, str]:
     data = RESULTS / "data" / "bench.json"
     if data.exists():
         found["data"] = data_tables(json.loads(data.read_text()))
-    for name in ("mutants", "compile", "demo", "cpu-head", "divergence", "engine", *PPO):
+    for name in ("mutants", "compile", "demo", "cpu-head", "divergence", "engine", "architectures", *PPO):
         path = RESULTS / f"{name}.md"
         if path.exists():
             found[name.removesuffix("/report")] = path.read_text().strip()
@@ -172,7 +172,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where a file would change; write nothing")
     check = parser.parse_args().check
     found, stale = sections(), []
-    for path in (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "cpu-head.md"):
+    pages = (ROOT / "docs" / f"{name}.md" for name in ("measured", "cpu-head", "models"))
+    for path in (ROOT / "README.md", *pages):
         old = path.read_text()
         new = fill(old, found)
         if new != old:

@@ -181,7 +181,7 @@ class _Seen:
         self.z: Tensor = output.logits if hasattr(output, "logits") else output[0]
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.x, self.y = inputs[0], output
+        self.x, self.y = inputs[0], output.clone()  # some models mask their logits in place
 
     def hidden(self, form: Form) -> Tensor:
         return Trunk(self._model, self._layer, form)(input_ids=self.ids)

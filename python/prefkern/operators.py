@@ -1,4 +1,4 @@
-"""What the operators of every file have in common: schemas, registration, and dispatch by the tensor's device."""
+"""Shared by the operators of every file: schemas, registration, and dispatch by the tensor's device."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -28,7 +28,8 @@ def define(
 
 
 def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The operands' dtype is decided by the wrapper: autocast must not cast inside, where a product is float32."""
+    """Returns the same without autocast: the wrapper has decided the operands' dtype, and a float32 product stays
+    one."""
 
     def outside(first: Tensor, *args: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
@@ -38,7 +39,7 @@ def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_second_derivative(what: str, instead: str) -> Callable[..., NoReturn]:
-    """The backward of a backward."""
+    """Returns the backward of a backward, which refuses."""
 
     def refuse(ctx: Any, *grads: Tensor | None) -> NoReturn:
         raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""What stands between the products: the tile functions' interface, and how logits are made of the raw product."""
+"""The tile functions' interface: all that stands between the products, and how logits are made of the raw product."""
 
 import math
 from typing import NamedTuple, Protocol
@@ -10,13 +10,13 @@ from prefkern.types import Temperature
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and row statistics: float32, or float64 for float64 operands."""
+    """Returns the dtype of logits and row statistics: float32, or float64 for float64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Logits(NamedTuple):
-    """How logits are made of the raw product, ``softcap(logit_scale (h W^T + bias)) / temperature``, and the target of
-    a row that is not scored."""
+    """Transformation of the raw product into logits, ``softcap(logit_scale (h W^T + bias)) / temperature``, and the
+    target of a row that is not scored."""
 
     bias: Tensor | None = None  # [V], in the dtype of the logits
     logit_scale: float = 1.0
@@ -25,12 +25,13 @@ class Logits(NamedTuple):
     ignore_index: int = -100
 
     def rows(self, rows: slice) -> "Logits":
-        """Those of some rows: a temperature per row is cut to them."""
+        """Returns those of some rows: a temperature per row is cut to them."""
         temperature = self.temperature
         return self._replace(temperature=temperature[rows]) if isinstance(temperature, Tensor) else self
 
     def columns(self, columns: slice | Tensor) -> "Logits":
-        """Those of some columns of the vocabulary, or of entries in the columns of an index: with their biases."""
+        """Returns those of some columns of the vocabulary, or of entries in the columns of an index: with their
+        biases."""
         return self if self.bias is None else self._replace(bias=self.bias[columns])
 
     def activate(self, tile: Tensor) -> Tensor | None:
@@ -48,7 +49,7 @@ class Logits(NamedTuple):
         return slope
 
     def center(self, x: Tensor, row_max: Tensor) -> Tensor:
-        """``(x - row_max) / T`` in place, -inf kept; a row without any finite logit stays -inf."""
+        """Returns ``(x - row_max) / T``, in place, -inf kept; a row without any finite logit stays -inf."""
         x.sub_(row_max.masked_fill(row_max == -math.inf, 0.0).unsqueeze(-1))
         if isinstance(self.temperature, Tensor):
             x.div_(self.temperature.unsqueeze(-1))
@@ -72,7 +73,7 @@ class RowStats(NamedTuple):
     is_top1: Tensor | None = None
 
     def rows(self, rows: slice | int) -> "RowStats":
-        """Those of some rows."""
+        """Returns those of some rows."""
         return RowStats._make(None if value is None else value[rows] for value in self)
 
 
@@ -84,13 +85,14 @@ class Factors(NamedTuple):
     e: Tensor | None = None
 
     def rows(self, rows: slice) -> "Factors":
-        """Those of some rows."""
+        """Returns those of some rows."""
         return Factors._make(None if value is None else value[rows] for value in self)
 
 
 class DivergenceStats(NamedTuple):
-    """What the backward of a divergence needs of each row, each ``[C]``: `RowStats`' maximum and log-sum of both heads,
-    and ``center``: KL(q || p) (forward), KL(p || q) (reverse, NaN where infinite), KL(p || m) (Jensen-Shannon)."""
+    """Statistics of each row that the backward of a divergence needs, each ``[C]``: `RowStats`' maximum and log-sum of
+    both heads, and ``center``: KL(q || p) (forward), KL(p || q) (reverse, NaN where infinite), KL(p || m)
+    (Jensen-Shannon)."""
 
     row_max: Tensor
     log_sum: Tensor
@@ -99,11 +101,11 @@ class DivergenceStats(NamedTuple):
     center: Tensor
 
     def rows(self, rows: slice) -> "DivergenceStats":
-        """Those of some rows."""
+        """Returns those of some rows."""
         return DivergenceStats._make(value[rows] for value in self)
 
     def bound(self, beta: float) -> Tensor:
-        """A bound of the entries of each row of the unscaled gradient: 1, and ``1 + 2 D`` for the reverse D."""
+        """Returns a bound of the entries of each row of the unscaled gradient: 1, and ``1 + 2 D`` for the reverse D."""
         return 2.0 * self.center + 1.0 if beta == 1.0 else torch.ones_like(self.center)
 
 
@@ -115,7 +117,7 @@ class DivergenceResults(NamedTuple):
     stats: DivergenceStats
 
     def rows(self, rows: slice) -> "DivergenceResults":
-        """Those of some rows."""
+        """Returns those of some rows."""
         entropy = None if self.entropy is None else self.entropy[rows]
         return DivergenceResults(self.divergence[rows], entropy, self.stats.rows(rows))
 
@@ -130,7 +132,7 @@ class TilePair(NamedTuple):
     ref_logits: Logits
 
     def rows(self, rows: slice) -> "TilePair":
-        """Those of some rows."""
+        """Returns those of some rows."""
         scored = None if self.scored is None else self.scored[rows]
         return TilePair(
             self.tile[rows], self.ref_tile[rows], scored, self.logits.rows(rows), self.ref_logits.rows(rows)

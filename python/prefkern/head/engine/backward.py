@@ -16,212 +16,137 @@ import torch
 from torch import Tensor
 
 from prefkern.head.engine import blocks, many_targets
-from prefkern.head.engine.adapter import Adapter, LowRank
 from prefkern.head.engine.forward import Kept
-from prefkern.head.engine.products import Weight, mm
-from prefkern.head.engine.scaling import RowScales, finish, rate, scaled_rows, write_vocabulary
-from prefkern.kernels.interface import Factors, Logits, RowStats, Tiles
+from prefkern.head.engine.gradients import Gradients, HeadGradients
+from prefkern.head.engine.head import Head, RawProduct
+from prefkern.head.engine.many_targets import TargetEntries
+from prefkern.head.engine.scaling import RowScales, rate
+from prefkern.kernels.interface import Logits, RowStats, Tiles
 
 
-class Need(NamedTuple):
-    """Which inputs need a gradient."""
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to the results of the forward; None is 0."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
-    a: bool
-    b: bool
-
-
-class Gradients(NamedTuple):
-    """Gradients of the head's inputs; None where not needed."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
+    logps: Tensor | None  # as the targets
+    entropy: Tensor | None  # [N]
 
 
 def backward(
-    kept: Kept,
-    hidden: Tensor,
-    weight: Tensor,
-    adapter: Adapter | None,
-    targets: Tensor,
+    head: Head,
+    targets: Tensor,  # [N] or [N, Kt]
     stats: RowStats,
-    logits: Logits,
+    kept: Kept,
+    upstream: Upstream,
+    grads: Gradients,
     tiles: Tiles,
-    g_logps: Tensor | None,
-    g_entropy: Tensor | None,
-    need: Need,
     scratch_bytes: int = blocks.SCRATCH_BYTES,
-) -> Gradients:
-    """The gradients that are needed, from what the forward has kept."""
-    given = (
-        hidden,
-        weight,
-        logits.bias,
-        None if adapter is None else adapter.a,
-        None if adapter is None else adapter.b,
-    )
-    grads = Gradients(
-        *(
-            torch.empty_like(value, memory_format=torch.contiguous_format) if needed and value is not None else None
-            for value, needed in zip(given, need, strict=True)
-        )
-    )
-    N, F = hidden.shape[0], kept.logps.shape[0]
-    if N == 0 or (g_logps is None and g_entropy is None):
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return grads
+) -> None:
+    """Fills ``grads`` from what the forward has kept."""
+    N, F = head.hidden.shape[0], kept.logps.shape[0]
+    if N == 0 or upstream == (None, None):
+        grads.zero_()
+        return
 
-    wide, dtype = stats.row_max.dtype, kept.held.dtype
-    scored = (targets != logits.ignore_index) if targets.ndim == 1 else (targets != logits.ignore_index).any(1)
-    zero = torch.zeros(N, dtype=wide, device=hidden.device)
-    row = torch.where(scored, -rate(logits.logit_scale, logits.temperature, wide), zero)
-    e = None if g_entropy is None else torch.where(scored, g_entropy.to(wide), zero)
+    # the loss's factors of each row: of rows that are not scored 0, whatever stands upstream
+    wide = stats.row_max.dtype
+    ignored = targets == head.logits.ignore_index
+    scored = ~ignored if targets.ndim == 1 else ~ignored.all(1)
+    zero = torch.zeros(N, dtype=wide, device=head.hidden.device)
+    row = torch.where(scored, -rate(head.logits, wide), zero)
+    e = None if upstream.entropy is None else torch.where(scored, upstream.entropy.to(wide), zero)
+    entries = None
     if targets.ndim == 2:
-        upstream = many_targets.Upstream.of(g_logps, e, targets, stats, logits, weight.shape[0])
-        scales = RowScales.of(upstream.c, e, row, dtype, upstream.largest)
+        V = head.weight.shape[0]
+        entries = TargetEntries.from_gradients(upstream.logps, e, targets, stats, head.logits, V)
+        scales = RowScales.from_gradients(entries.c, e, row, head.dtype, entries.largest)
         if scales.post is not None:
-            upstream = upstream._replace(entries=upstream.entries / scales.post)
+            entries = entries._replace(entries=entries.entries / scales.post)
     else:
-        upstream = None
-        c = zero if g_logps is None else torch.where(scored, g_logps.to(wide), zero)
-        scales = RowScales.of(c, e, row, dtype)
+        c = zero if upstream.logps is None else torch.where(scored, upstream.logps.to(wide), zero)
+        scales = RowScales.from_gradients(c, e, row, head.dtype)
+
+    # a frozen head's rows: what was kept, scaled
     if F and grads.hidden is not None:
-        _frozen_rows(kept, scales.rows(slice(0, F)), grads.hidden[:F], tiles)
-    if F < N:
-        rest = slice(F, N)
-        rows = (targets[rest], stats.rows(rest), logits.rows(rest))
-        own = grads._replace(hidden=None if grads.hidden is None else grads.hidden[rest])
-        _Rows(hidden[rest], weight, adapter, *rows, tiles, upstream, scratch_bytes).write(
-            kept.held, scales.rows(rest), own
-        )
-    return grads
+        _write_frozen(kept, scales.rows(slice(0, F)), grads.hidden[:F], tiles)
+    if F == N:
+        return
+
+    # all others: gradient tiles, each multiplied twice
+    others = slice(F, N)
+    head, scales = head.rows(others), scales.rows(others)
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=grads.hidden[others])
+    if scales.e is None and entries is None:
+        scales = scales.folded()
+    product = RawProduct(head, scratch=scratch_bytes)
+    gradients = HeadGradients(head, product.weight, grads, scales, tiles, head.dtype, adapter=product.adapter)
+    rows = _Rows(targets[others], stats.rows(others), scales, entries)
+    for tile, columns in _gradient_tiles(product, head.logits, rows, kept.held[:, : head.weight.shape[0]], tiles):
+        gradients.add(tile, columns)
+    gradients.finish()
 
 
-def _frozen_rows(kept: Kept, scales: RowScales, grad_hidden: Tensor, tiles: Tiles) -> None:
-    """``row (c u W + e ...)``: no product."""
+def _write_frozen(kept: Kept, scales: RowScales, grad_hidden: Tensor, tiles: Tiles) -> None:
+    """Writes ``row (c u W + e ...)``: no product."""
     assert scales.c is not None
     other = None if scales.e is None else (kept.entropy, scales.row * scales.e)
     tiles.scale_rows(kept.logps, scales.row * scales.c, grad_hidden, post=scales.post, other=other)
 
 
 class _Rows(NamedTuple):
-    """Rows whose gradient tile is held or recomputed."""
+    """Values from which the gradient tile of some rows is computed, beside their logits."""
 
-    hidden: Tensor
-    weight: Tensor
-    adapter: Adapter | None
     targets: Tensor
     stats: RowStats
-    logits: Logits
-    tiles: Tiles
-    upstream: many_targets.Upstream | None
-    scratch_bytes: int
+    scales: RowScales
+    entries: TargetEntries | None  # of several targets per row
 
-    def write(self, held: Tensor, scales: RowScales, grads: Gradients) -> None:
-        """Fills ``grads``; ``held [K, V]`` has the first K rows."""
-        N, H = self.hidden.shape
-        V, dtype = self.weight.shape[0], held.dtype
-        w = Weight(self.weight, dtype, scratch=self.scratch_bytes)
-        operand = self.hidden.to(dtype)
-        low = None if self.adapter is None else LowRank(self.adapter, operand, w.wide)
-        if scales.e is None and self.upstream is None:
-            scales = scales.folded()
-        whole = scales.c is None and held.shape[0] == N
-        pieces = iter([(held[:, :V], slice(0, V))]) if whole else self._slices(w, operand, low, held[:, :V], scales)
-
-        wide_hidden = grads.hidden
-        if wide_hidden is not None and wide_hidden.dtype != w.wide:
-            wide_hidden = torch.empty(N, H, dtype=w.wide, device=self.hidden.device)
-        scaled = scaled_rows(self.hidden, scales.row, dtype, self.tiles) if grads.weight is not None else None
-        narrow = None
-        if self.adapter is not None and low is not None:
-            narrow = _Narrow(self.adapter, low, scales, dtype, grads, self.tiles)
-        for tile, columns in pieces:
-            if wide_hidden is not None:
-                w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
-            write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias, self.tiles)
-            if narrow is not None:
-                narrow.add(tile, columns)
-        if narrow is not None:
-            narrow.finish(operand, wide_hidden)
-        if wide_hidden is not None and grads.hidden is not None:
-            self.tiles.scale_rows(wide_hidden, scales.row, grads.hidden, post=scales.post)
-
-    def _slices(
-        self, w: Weight, operand: Tensor, low: LowRank | None, held: Tensor, scales: RowScales
-    ) -> Iterator[tuple[Tensor, slice]]:
-        """The gradient tile ``[N, width]`` of one slice of the vocabulary after the other, in one buffer."""
-        N, V, dtype, device = operand.shape[0], self.weight.shape[0], held.dtype, operand.device
-        K = held.shape[0]
-        if scales.e is not None and self.logits.softcap is not None:
-            K = 0  # the softcap's factor is already in u: p cannot be read back from it
-        direct = self.tiles.IN_PLACE and dtype == w.wide
-        padding = 0 if self.upstream is None else many_targets.PADDING
-        step = blocks.slice_columns(N, V, dtype.itemsize + (0 if direct else w.wide.itemsize), self.scratch_bytes)
-        buffer = torch.empty(N * (step + padding), dtype=dtype, device=device)
-        scratch = None if direct else torch.empty((N - K) * step, dtype=w.wide, device=device)
-        recomputed = slice(K, N)
-        logits = self.logits.rows(recomputed)
-        stats = self.stats.rows(recomputed)
-        targets = self.targets if self.upstream is None else self.upstream.row_targets
-        if self.upstream is not None:
-            stats = stats._replace(logps=torch.zeros_like(stats.row_max))
-        rest = scales.rows(recomputed)
-        for start in range(0, V, step):
-            columns = slice(start, min(start + step, V))
-            width = columns.stop - start
-            padded = buffer[: N * (width + padding)].view(N, width + padding)
-            tile = padded[:, :width]
-            if K and scales.e is None:
-                tile[:K] = held[:, columns]
-            elif K:
-                some = slice(0, K)
-                factors = Factors(scales.c, scales.e).rows(some)
-                given = (held[:K, columns], targets[:K], self.stats.rows(some), factors, tile[:K], logits)
-                self.tiles.held_bwd(*given, v_start=start)
-            if K < N:
-                raw = tile[K:] if scratch is None else scratch[: (N - K) * width].view(N - K, width)
-                w.logits(operand[K:], columns, raw)
-                if low is not None:
-                    low.add(recomputed, columns, raw)
-                factors = Factors(rest.c, rest.e)
-                self.tiles.tile_bwd(raw, targets[K:], stats, factors, tile[K:], logits.columns(columns), v_start=start)
-            if self.upstream is not None:
-                self.upstream.write(padded, start, width)
-            yield tile, columns
+    def recomputed(self, rows: slice) -> "_Rows":
+        """Returns those of some rows to recompute; of several targets none is a column then: entries come later."""
+        stats, targets = self.stats.rows(rows), self.targets
+        if self.entries is not None:
+            stats, targets = stats._replace(logps=torch.zeros_like(stats.row_max)), self.entries.row_targets
+        return _Rows(targets[rows], stats, self.scales.rows(rows), None)
 
 
-class _Narrow:
-    """The adapter's backward, beside the weight's: the gradients of ``x = scale h A^T`` and of ``B``, then of ``A``."""
+def _gradient_tiles(
+    product: RawProduct, logits: Logits, rows: _Rows, held: Tensor, tiles: Tiles
+) -> Iterator[tuple[Tensor, slice]]:
+    """Yields the gradient tile of all rows: whole if all are held, else of one slice of the vocabulary after the other,
+    in one buffer. ``held [K, V]`` has the first K rows."""
+    (N, _), (K, V), dtype, device = product.operand.shape, held.shape, held.dtype, held.device
+    scales, wide = rows.scales, product.weight.wide
+    if scales.c is None and K == N:
+        yield held, slice(0, V)
+        return
+    if scales.e is not None and logits.softcap is not None:
+        K = 0  # the softcap's factor is already in u: p cannot be read back from it
+    direct = tiles.IN_PLACE and dtype == wide
+    padding = 0 if rows.entries is None else many_targets.PADDING
+    step = blocks.slice_columns(N, V, dtype.itemsize + (0 if direct else wide.itemsize), product.weight.scratch)
+    buffer = torch.empty(N * (step + padding), dtype=dtype, device=device)
+    scratch = None if direct else torch.empty((N - K) * step, dtype=wide, device=device)
+    kept, beyond = slice(0, K), slice(K, N)
+    recomputed, logits = rows.recomputed(beyond), logits.rows(beyond)
+    for start in range(0, V, step):
+        columns = slice(start, min(start + step, V))
+        width = columns.stop - start
+        padded = buffer[: N * (width + padding)].view(N, width + padding)
+        tile = padded[:, :width]
 
-    def __init__(
-        self, adapter: Adapter, low: LowRank, scales: RowScales, dtype: torch.dtype, grads: Gradients, tiles: Tiles
-    ) -> None:
-        self._adapter, self._scales, self._grads, self._dtype, self._tiles = adapter, scales, grads, dtype, tiles
-        self._b = Weight(adapter.b, dtype)
-        self._scaled = scaled_rows(low.x, scales.row, dtype, tiles) if grads.b is not None else None
-        self._grad_x = None if grads.hidden is None and grads.a is None else torch.empty_like(low.x)
+        # held rows: u as it is, or with the entropy's share
+        if K and scales.e is None:
+            tile[:K] = held[:, columns]
+        elif K:
+            given = (held[:K, columns], rows.targets[kept], rows.stats.rows(kept), scales.factors.rows(kept), tile[:K])
+            tiles.held_bwd(*given, logits, v_start=start)
 
-    def add(self, tile: Tensor, columns: slice) -> None:
-        if self._grad_x is not None:
-            self._b.hidden(tile, columns, self._grad_x, accumulate=columns.start > 0)
-        write_vocabulary(tile, columns, self._scaled, self._scales, self._grads.b, None, self._tiles)
-
-    def finish(self, hidden: Tensor, grad_hidden: Tensor | None) -> None:
-        """Adds the adapter's share to ``grad_hidden``, whose rows are not scaled yet, and writes A's gradient."""
-        if self._grad_x is None:
-            return
-        grad_x = self._grad_x.mul_(self._adapter.scale)
-        if grad_hidden is not None:
-            mm(grad_x, self._adapter.a.to(self._dtype).to(grad_x.dtype), grad_hidden, accumulate=True)
-        if self._grads.a is not None:
-            product = torch.empty(self._adapter.a.shape, dtype=grad_x.dtype, device=grad_x.device)
-            mm(scaled_rows(grad_x, self._scales.row, self._dtype, self._tiles).T, hidden, product)
-            finish(product, self._scales.post, self._grads.a, self._tiles)
+        # rows beyond them: their logits again
+        if K < N:
+            raw = tile[K:] if scratch is None else scratch[: (N - K) * width].view(N - K, width)
+            product.write(beyond, columns, raw)
+            given = (raw, recomputed.targets, recomputed.stats, recomputed.scales.factors, tile[K:])
+            tiles.tile_bwd(*given, logits.columns(columns), v_start=start)
+        if rows.entries is not None:
+            rows.entries.write(padded, start, width)
+        yield tile, columns

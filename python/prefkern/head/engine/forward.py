@@ -10,94 +10,95 @@ the forward writes it once, in the operands' dtype. What is kept of it depends o
 in float32.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefkern.head.engine import blocks, many_targets, vocabulary_slices
-from prefkern.head.engine.adapter import Adapter, LowRank
 from prefkern.head.engine.blocks import empty_tile
+from prefkern.head.engine.head import Head, RawProduct
 from prefkern.head.engine.products import Weight
-from prefkern.kernels.interface import Factors, Logits, RowStats, Tiles
+from prefkern.kernels.interface import Factors, RowStats, Tiles
 
 
 class Kept(NamedTuple):
-    """What the forward leaves for the backward; a part that is not used has no rows."""
+    """Left by the forward for the backward; a part that is not used has no rows."""
 
-    held: Tensor  # [K, V], rows padded as in `plan.row_elements`: u in the compute dtype
+    held: Tensor  # [K, V], rows padded as in `blocks.row_elements`: u in the compute dtype
     logps: Tensor  # [F, H]: u W
     entropy: Tensor  # [F, H]: the same for the entropy, p (log p + entropy) (1 - t)(1 + t) W
 
 
 def forward(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    adapter: Adapter | None,
+    head: Head,
     targets: Tensor,  # [N] or [N, Kt]
     stats: RowStats,
     kept: Kept,
-    logits: Logits,
     tiles: Tiles,
     scratch_bytes: int = blocks.SCRATCH_BYTES,
 ) -> None:
     """Fills ``stats`` and ``kept``: one product, and one more for each part of a frozen head's gradient."""
-    N, V = hidden.shape[0], weight.shape[0]
+    N, V = head.hidden.shape[0], head.weight.shape[0]
     K, F = kept.held.shape[0], kept.logps.shape[0]
-    dtype, every = kept.held.dtype, slice(0, V)
-    operand = hidden.to(dtype)
-    held = kept.held[:, :V]
-    rows, columns = blocks.tile_shape(N, V, max(dtype.itemsize, 4), hidden.is_cuda, scratch_bytes)
-    w = Weight(weight, dtype, keep=rows < N and scratch_bytes >= blocks.SCRATCH_BYTES, scratch=scratch_bytes)
-    low = None if adapter is None else LowRank(adapter, operand, w.wide)
+    every, held, device = slice(0, V), kept.held[:, :V], head.hidden.device
+    rows, columns = blocks.tile_shape(N, V, max(head.dtype.itemsize, 4), head.hidden.is_cuda, scratch_bytes)
+    # an accelerator that takes several chunks of rows casts the weight once, if the memory for a copy is granted
+    product = RawProduct(head, keep=rows < N and scratch_bytes >= blocks.SCRATCH_BYTES, scratch=scratch_bytes)
+    wide = product.weight.wide
+
+    # whole rows do not fit: statistics from slices of the vocabulary
     if columns < V and K + F == 0 and targets.ndim == 1:
-        vocabulary_slices.forward(operand, w, low, targets, stats, logits, tiles, V, (rows, columns))
+        vocabulary_slices.forward(product, head.logits, targets, stats, tiles, (rows, columns))
         return
-    direct = tiles.IN_PLACE and dtype == w.wide
+
+    # where u may stand in the place of the logits, held rows need no scratch: all their logits at once
+    direct = tiles.IN_PLACE and head.dtype == wide
+    if direct and K:
+        product.write(slice(0, K), every, held)
     scratch: Tensor | None = None
     unscaled: Tensor | None = None  # a frozen head's u, where it cannot stand in the tile
-    if direct and K:
-        w.logits(operand[:K], every, held)
-        if low is not None:
-            low.add(slice(0, K), every, held)
-    # kept rows first; a chunk is either wholly kept or not at all
-    bounds = [*range(0, K + F, rows), *range(K + F, N, rows), N]
-    for start, stop in pairwise(bounds):
-        at = slice(start, stop)
-        into = held[at] if start < K else None
-        if direct and into is not None:
-            tile = into
+    for at in blocks.row_chunks(N, K + F, rows):
+        count, is_held, is_frozen = at.stop - at.start, at.start < K, at.start < F
+
+        # the logits of a chunk of rows
+        if direct and is_held:
+            tile = held[at]
         else:
             if scratch is None:
-                scratch = empty_tile(min(rows, N), V, w.wide, hidden.device)
-            tile = scratch[: stop - start]
-            w.logits(operand[at], every, tile)
-            if low is not None:
-                low.add(at, every, tile)
-        if start < F:
-            if unscaled is None and not direct:
-                unscaled = empty_tile(min(rows, F), V, dtype, hidden.device)
-            into = tile if unscaled is None else unscaled[: stop - start]
-        own = logits.rows(at)
+                scratch = empty_tile(min(rows, N), V, wide, device)
+            tile = scratch[:count]
+            product.write(at, every, tile)
+        chunk_logits = head.logits.rows(at)
         if targets.ndim == 2:
-            many_targets.chunk_fwd(tile, targets[at], stats.rows(at), own, tiles)
+            many_targets.chunk_fwd(tile, targets[at], stats.rows(at), chunk_logits, tiles)
             continue
+
+        # their statistics, and u: held, or for a moment where it is multiplied
+        u = held[at] if is_held else None
+        if is_frozen:
+            if unscaled is None and not direct:
+                unscaled = empty_tile(min(rows, F), V, head.dtype, device)
+            u = tile if unscaled is None else unscaled[:count]
         # the tile functions of a CPU overwrite the raw product, which the entropy's gradient starts from again
-        raw = tile.clone() if start < F and kept.entropy.shape[0] and tiles.IN_PLACE else tile
-        tiles.tile_fwd(tile, targets[at], stats.rows(at), into, own)
-        if start < F and into is not None:
-            _gradient_rows(w, into, kept.logps[at])
-            if kept.entropy.shape[0]:
-                ones = torch.ones(stop - start, dtype=w.wide, device=hidden.device)
-                out = raw if direct else into
-                tiles.tile_bwd(raw, targets[at], stats.rows(at), Factors(torch.zeros_like(ones), ones), out, own)
-                _gradient_rows(w, out, kept.entropy[at])
+        with_entropy = is_frozen and kept.entropy.shape[0] > 0
+        raw = tile.clone() if with_entropy and tiles.IN_PLACE else tile
+        tiles.tile_fwd(tile, targets[at], stats.rows(at), u, chunk_logits)
+
+        # a frozen head's gradients without the loss's factor
+        if is_frozen and u is not None:
+            _gradient_rows(product.weight, u, kept.logps[at])
+        if with_entropy and u is not None:
+            ones = torch.ones(count, dtype=wide, device=device)
+            out = raw if direct else u
+            factors = Factors(torch.zeros_like(ones), ones)
+            tiles.tile_bwd(raw, targets[at], stats.rows(at), factors, out, chunk_logits)
+            _gradient_rows(product.weight, out, kept.entropy[at])
 
 
 def _gradient_rows(w: Weight, tile: Tensor, out: Tensor) -> None:
-    """``out = tile W``, rounded once."""
+    """Writes ``out = tile W``, rounded once."""
     wide = torch.empty(out.shape, dtype=w.wide, device=out.device) if w.casts and out.dtype != w.wide else out
-    w.hidden(tile, slice(0, tile.shape[1]), wide)
+    w.times_weight(tile, slice(0, tile.shape[1]), wide)
     if wide is not out:
         out.copy_(wide)

@@ -43,12 +43,12 @@ def chunk_fwd(
 
 
 def _row_targets(index: Tensor, ignored: Tensor, ignore_index: int) -> Tensor:
-    """One legal target per row, or ``ignore_index`` where all are ignored: it decides whether a row is read."""
+    """Returns one legal target per row, or ``ignore_index`` where all are ignored: it decides whether a row is read."""
     first = index.gather(1, ignored.to(torch.uint8).argmin(1, keepdim=True)).squeeze(1)
     return torch.where(ignored.all(1), ignore_index, first)
 
 
-class Upstream(NamedTuple):
+class TargetEntries(NamedTuple):
     """The gradient's entries at the targets, and what the tile function needs to fill the rest."""
 
     c: Tensor  # [N]
@@ -58,14 +58,15 @@ class Upstream(NamedTuple):
     entries: Tensor  # [N, Kt]
 
     @staticmethod
-    def of(
+    def from_gradients(
         g_logps: Tensor | None,  # [N, Kt]
         e: Tensor | None,  # [N]
         targets: Tensor,
         stats: RowStats,
         logits: Logits,
         V: int,
-    ) -> "Upstream":
+    ) -> "TargetEntries":
+        """Returns the entries of a loss with these gradients."""
         wide = stats.logps.dtype
         scored = targets != logits.ignore_index
         zero = torch.zeros(targets.shape, dtype=wide, device=targets.device)
@@ -87,10 +88,11 @@ class Upstream(NamedTuple):
         entries.masked_fill_(lp == -torch.inf, 0.0)
         nowhere = V if logits.ignore_index != V else V + 1
         row_targets = torch.where(scored.any(1), nowhere, logits.ignore_index)
-        return Upstream(total, c.abs().sum(1).amax(), row_targets, torch.where(scored, targets, -1), entries)
+        return TargetEntries(total, c.abs().sum(1).amax(), row_targets, torch.where(scored, targets, -1), entries)
 
     def write(self, padded: Tensor, start: int, width: int) -> None:
-        """Over the entries of a tile of columns ``start .. start + width`` that has `PADDING` columns more."""
+        """Writes the entries over those of a tile of columns ``start .. start + width`` that has `PADDING` columns
+        more."""
         local = self.targets - start
         index = torch.where((local >= 0) & (local < width), local, width)
         padded.scatter_(1, index, self.entries.to(padded.dtype))

@@ -16,20 +16,20 @@ MIN_HELD_BYTES = 1 << 30
 
 
 class Limits(NamedTuple):
-    """The rows that are kept at most: of unscaled gradient ``[K, V]``, and of a frozen head's gradient ``[F, H]``."""
+    """Rows that are kept at most: of unscaled gradient ``[K, V]``, and of a frozen head's gradient ``[F, H]``."""
 
     held: int
     frozen: int
 
 
 def budget(H: int, V: int, max_memory: int | None) -> int:
-    """Bytes that may stay held: ``max_memory``, or the ``4 V H`` that a float32 accumulator of grad_weight would take,
-    and at least 1 GiB."""
+    """Returns the bytes that may stay held: ``max_memory``, or the ``4 V H`` that a float32 accumulator of grad_weight
+    would take, and at least 1 GiB."""
     return max(4 * V * H, MIN_HELD_BYTES) if max_memory is None else max_memory
 
 
 def limits(H: int, V: int, itemsize: int, bytes_: int, *, frozen: bool = False, entropy_grad: bool = False) -> Limits:
-    """The rows of ``itemsize`` bytes per entry that fit into so many bytes. Independent of N: one graph for all
+    """Returns the rows of ``itemsize`` bytes per entry that fit into so many bytes. Independent of N: one graph for all
     lengths."""
     if frozen:
         return Limits(0, bytes_ // (H * itemsize * (1 + entropy_grad)))
@@ -51,12 +51,12 @@ def watch(kept: Sequence[Tensor]) -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes held on a device now."""
+    """Returns the bytes held on a device now."""
     alive = [(storage, nbytes) for storage, nbytes in _held.get(device, ()) if not storage.expired()]
     _held[device] = alive
     return sum(nbytes for _, nbytes in alive)
 
 
 def left(budget: int, device: torch.device) -> int:
-    """What of a budget earlier forwards have not taken."""
+    """Returns the part of a budget that earlier forwards have not taken."""
     return budget if torch.compiler.is_compiling() else max(0, budget - held_bytes(device))

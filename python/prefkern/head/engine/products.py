@@ -12,7 +12,7 @@ from prefkern.kernels.interface import wide_dtype
 
 
 class ProductCount:
-    """Multiply-adds of the products that were run, in units that `products` turns into multiples of N H V."""
+    """Counts the multiply-adds of the products that were run; `products` gives them in multiples of N H V."""
 
     def __init__(self) -> None:
         self.multiply_adds = 0
@@ -36,7 +36,7 @@ def count_products() -> Iterator[ProductCount]:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """``out (+)= a @ b``, accumulated in float32, and rounded once if ``out`` is 16-bit.
+    """Writes ``out (+)= a @ b``, accumulated in float32, and rounded once if ``out`` is 16-bit.
 
     On the CPU there is no product of 16-bit operands with a float32 result, so where it multiplies bfloat16 natively
     partial results are rounded before they are added up; `Weight.logits` upcasts instead, since log-probabilities must
@@ -72,8 +72,8 @@ _BFLOAT16 = _bfloat16_units()
 
 
 def native(dtype: torch.dtype) -> bool:
-    """Whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 5 to 100 times
-    slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
+    """Tells whether this CPU has units for products of the dtype. Without them torch's 16-bit products are 5 to 100
+    times slower than float32 ones (docs/cpu-head.md), and those of float16 would overflow with them too."""
     return _BFLOAT16 if dtype == torch.bfloat16 else dtype != torch.float16
 
 
@@ -113,40 +113,41 @@ class Weight:
         self, weight: Tensor, dtype: torch.dtype, *, keep: bool = False, scratch: int = blocks.SCRATCH_BYTES
     ) -> None:
         self.wide = wide_dtype(dtype)
-        self._scratch = scratch
+        self.shape = weight.shape
+        self.scratch = scratch
         self._weight = weight.to(dtype) if keep and weight.is_cuda else weight
         self._dtype = dtype
         self._factors = self.wide if not weight.is_cuda else dtype  # of the product that makes logits
 
     @property
     def casts(self) -> bool:
-        """Whether columns are cast for `hidden`: then it adds up several slices."""
+        """Whether columns are cast for `times_weight`: then it adds up several slices."""
         return self._weight.dtype != self._dtype
 
     def _columns(self, dtype: torch.dtype) -> int:
         V, H = self._weight.shape
-        return blocks.cast_columns(H, V, dtype.itemsize, self._weight.is_cuda, self._scratch)
+        return blocks.cast_columns(H, V, dtype.itemsize, self._weight.is_cuda, self.scratch)
 
     def logits(self, hidden: Tensor, columns: slice, out: Tensor) -> None:
-        """``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""
+        """Writes ``out = hidden @ weight[columns].T`` in float32, never rounded to 16 bits."""
         hidden = hidden.to(self._factors)
         casts = self.casts or self._dtype != self._factors
         step = self._columns(self._factors) if casts else self._weight.shape[0]
         for start, stop in _slices(columns, step):
             # no name for the cast slice: it must be gone before the next is made
-            own = out[:, start - columns.start : stop - columns.start]
-            mm(hidden, self._weight[start:stop].to(self._dtype).to(self._factors).T, own)
+            part = out[:, start - columns.start : stop - columns.start]
+            mm(hidden, self._weight[start:stop].to(self._dtype).to(self._factors).T, part)
 
-    def hidden(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
-        """``out (+)= tile @ weight[columns]`` for a tile of those columns, in the compute dtype or wider; with several
-        slices ``out`` should be wide, since it is added to."""
+    def times_weight(self, tile: Tensor, columns: slice, out: Tensor, *, accumulate: bool = False) -> None:
+        """Writes ``out (+)= tile @ weight[columns]`` for a tile of those columns, in the compute dtype or wider; with
+        several slices ``out`` should be wide, since it is added to."""
         casts = self.casts or tile.dtype != self._dtype
         step = self._columns(tile.dtype) if casts else self._weight.shape[0]
         for start, stop in _slices(columns, step):
             part = tile[:, start - columns.start : stop - columns.start]
-            own = self._weight[start:stop].to(self._dtype).to(tile.dtype)
-            mm(part, own, out, accumulate=accumulate or start > columns.start)
-            del own  # it must be gone before the next is made
+            weight = self._weight[start:stop].to(self._dtype).to(tile.dtype)
+            mm(part, weight, out, accumulate=accumulate or start > columns.start)
+            del weight  # it must be gone before the next is made
 
 
 def _slices(columns: slice, step: int) -> Iterator[tuple[int, int]]:

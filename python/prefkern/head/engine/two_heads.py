@@ -1,7 +1,7 @@
 """The divergence of two heads, in blocks: two tiles of logits, folded into one number per row and one tile of gradient.
 
-As in `prefkern.head`, the gradient ``u = dD / d logits`` does not depend on the loss: the forward writes it once, in
-the operands' dtype, into ``held [K, V]``. The loss contributes one scalar per row, ``r = (logit_scale / T) dL/dD``:
+As in `forward`, the gradient ``u = dD / d logits`` does not depend on the loss: it is written once, in the operands'
+dtype, into ``held [K, V]``. The loss contributes one scalar per row, ``r = (logit_scale / T) dL/dD``:
 
     grad_hidden = r * (u W)           grad_weight = u^T (r * hidden)          grad_bias = u^T r
 
@@ -10,130 +10,109 @@ the backward, both tiles, slice by slice of the vocabulary: 4 + 2 (N - K) / N. T
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prefkern.head.engine import blocks
-from prefkern.head.engine.backward import Gradients
+from prefkern.head.engine.gradients import Gradients, HeadGradients
+from prefkern.head.engine.head import Head, RawProduct
 from prefkern.head.engine.products import Weight
-from prefkern.head.engine.scaling import RowScales, rate, scaled_rows, write_vocabulary
-from prefkern.kernels.interface import DivergenceResults, DivergenceStats, DivergenceTiles, Logits, TilePair
+from prefkern.head.engine.scaling import RowScales, rate
+from prefkern.kernels.interface import DivergenceResults, DivergenceStats, DivergenceTiles, TilePair
 
 PEAK = 2.0**14
-"""float16: a row of ``u`` is held times ``PEAK / bound``, so that small differences of probabilities are not lost."""
+"""Factor of float16 rows: a row of ``u`` is held times ``PEAK / bound``, so that small differences of probabilities are
+not lost."""
 
 
-class Side(NamedTuple):
-    """One head: ``hidden [N, H]``, ``weight [V, H]``, how logits are made of their product, the operands' dtype."""
+class TwoHeads(NamedTuple):
+    """The policy's head and the reference's, of the same rows and vocabulary; which rows count; which divergence."""
 
-    hidden: Tensor
-    weight: Tensor
-    logits: Logits
-    dtype: torch.dtype
+    policy: Head
+    reference: Head
+    scored: Tensor | None  # [N] bool, None: all
+    beta: float
+
+    def rows(self, rows: slice) -> "TwoHeads":
+        """Returns the heads of some rows."""
+        scored = None if self.scored is None else self.scored[rows]
+        return TwoHeads(self.policy.rows(rows), self.reference.rows(rows), scored, self.beta)
+
+    def pair(self, tile: Tensor, ref_tile: Tensor, columns: slice) -> TilePair:
+        """Returns tiles of all rows and some columns, as the tile functions take them."""
+        forms = self.policy.logits.columns(columns), self.reference.logits.columns(columns)
+        return TilePair(tile, ref_tile, self.scored, *forms)
+
+    @property
+    def peak(self) -> float | None:
+        """Returns the factor, over its bound, of a row of ``u`` that is held in float16; None for other dtypes."""
+        return PEAK if self.policy.dtype == torch.float16 else None
 
 
 def forward(
-    policy: Side,
-    reference: Side,
-    scored: Tensor | None,  # [N] bool, None: all
+    heads: TwoHeads,
     results: DivergenceResults,
     held: Tensor,  # [K, V] in the policy's dtype, K <= N
     tiles: DivergenceTiles,
-    beta: float,
 ) -> None:
     """Fills ``results`` and ``held``: two products."""
-    N, V = policy.hidden.shape[0], policy.weight.shape[0]
-    K = held.shape[0]
-    w, ref_w = Weight(policy.weight, policy.dtype), Weight(reference.weight, reference.dtype)
-    operand, ref_operand = policy.hidden.to(policy.dtype), reference.hidden.to(reference.dtype)
-    direct = tiles.IN_PLACE and held.dtype == w.wide
-    step = max(blocks.chunk_rows(V, 2 * w.wide.itemsize), 1)
-    ref_scratch = torch.empty(min(step, N), V, dtype=w.wide, device=held.device)
+    N, V = heads.policy.hidden.shape[0], heads.policy.weight.shape[0]
+    K, every = held.shape[0], slice(0, V)
+    product, ref_product = RawProduct(heads.policy), RawProduct(heads.reference)
+    wide = product.weight.wide
+    # where u may stand in the place of the policy's logits, held rows need one tile of scratch, the others two
+    direct = tiles.IN_PLACE and held.dtype == wide
+    step = max(blocks.chunk_rows(V, 2 * wide.itemsize), 1)
+    ref_scratch = torch.empty(min(step, N), V, dtype=wide, device=held.device)
     scratch = torch.empty_like(ref_scratch) if K < N or not direct else ref_scratch[:0]
-    # held rows first; a chunk is either wholly held or not at all
-    for start, stop in pairwise([*range(0, K, step), *range(K, N, step), N]):
-        rows = slice(start, stop)
-        kept = held[rows] if start < K else None
-        tile = kept if direct and kept is not None else scratch[: stop - start]
-        ref_tile = ref_scratch[: stop - start]
-        w.logits(operand[rows], slice(0, V), tile)
-        ref_w.logits(ref_operand[rows], slice(0, V), ref_tile)
-        some = None if scored is None else scored[rows]
-        pair = TilePair(tile, ref_tile, some, policy.logits.rows(rows), reference.logits.rows(rows))
-        tiles.tile_fwd(pair, results.rows(rows), kept, beta=beta, peak=_peak(policy.dtype))
+    for at in blocks.row_chunks(N, K, step):
+        count = at.stop - at.start
+        u = held[at] if at.start < K else None
+        tile, ref_tile = u if direct and u is not None else scratch[:count], ref_scratch[:count]
+        product.write(at, every, tile)
+        ref_product.write(at, every, ref_tile)
+        pair = heads.rows(at).pair(tile, ref_tile, every)
+        tiles.tile_fwd(pair, results.rows(at), u, beta=heads.beta, peak=heads.peak)
 
 
 def backward(
-    held: Tensor,
-    policy: Side,
-    reference: Side,
-    scored: Tensor | None,
+    heads: TwoHeads,
     stats: DivergenceStats,
+    held: Tensor,
     g: Tensor,  # [N], dL/dD
+    grads: Gradients,
     tiles: DivergenceTiles,
-    beta: float,
-    *,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> Gradients:
-    """Gradients of the policy's head from the held rows and, beyond them, from recomputed ones."""
-    hidden, weight, logits, dtype = policy
-    N, H = hidden.shape
-    V = weight.shape[0]
-    K = held.shape[0]
-    grads = Gradients(
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        torch.empty_like(logits.bias) if need_bias and logits.bias is not None else None,
-        None,
-        None,
-    )
+) -> None:
+    """Fills the gradients of the policy's head from the held rows and, beyond them, from recomputed ones."""
+    N, V = heads.policy.hidden.shape[0], heads.policy.weight.shape[0]
     if N == 0:
-        for grad in grads:
-            if grad is not None:
-                grad.zero_()
-        return grads
-    w = Weight(weight, dtype)
-    scales = _scales(g, logits, scored, stats.bound(beta), dtype, w.wide)
-    scaled = scaled_rows(hidden, scales.row, dtype, tiles) if need_weight else None
-    wide_hidden = grads.hidden
-    if wide_hidden is not None and wide_hidden.dtype != w.wide:
-        wide_hidden = torch.empty(N, H, dtype=w.wide, device=hidden.device)
-    whole = iter([(slice(0, V), held)])
-    for columns, tile in whole if K == N else _slices(held, policy, reference, w, scored, stats, tiles, beta):
-        if wide_hidden is not None:
-            w.hidden(tile, columns, wide_hidden, accumulate=columns.start > 0)
-        write_vocabulary(tile, columns, scaled, scales, grads.weight, grads.bias, tiles)
-    if wide_hidden is not None and grads.hidden is not None:
-        tiles.scale_rows(wide_hidden, scales.row, grads.hidden, post=scales.post)
-    return grads
+        grads.zero_()
+        return
+    w = Weight(heads.policy.weight, heads.policy.dtype)
+    scales = _scales(heads, g, stats.bound(heads.beta), w.wide)
+    gradients = HeadGradients(heads.policy, w, grads, scales, tiles, held.dtype)
+    whole = iter([(held, slice(0, V))])
+    for tile, columns in whole if held.shape[0] == N else _gradient_tiles(heads, stats, held, tiles):
+        gradients.add(tile, columns)
+    gradients.finish()
 
 
-def _slices(
-    held: Tensor,
-    policy: Side,
-    reference: Side,
-    w: Weight,
-    scored: Tensor | None,
-    stats: DivergenceStats,
-    tiles: DivergenceTiles,
-    beta: float,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the vocabulary, with ``u`` of all rows in each: the first K are held, the others recomputed."""
-    N, V, K = policy.hidden.shape[0], policy.weight.shape[0], held.shape[0]
-    rest = slice(K, N)
-    ref_w = Weight(reference.weight, reference.dtype)
-    operand, ref_operand = policy.hidden[rest].to(policy.dtype), reference.hidden[rest].to(reference.dtype)
-    logits, ref_logits = policy.logits.rows(rest), reference.logits.rows(rest)
-    some = None if scored is None else scored[rest]
-    direct = tiles.IN_PLACE and held.dtype == w.wide
-    step = blocks.slice_columns(N, V, held.dtype.itemsize + (1 if direct else 2) * w.wide.itemsize)
-    buffer = torch.empty(N * step, dtype=held.dtype, device=held.device)
-    ref_scratch = torch.empty((N - K) * step, dtype=w.wide, device=held.device)
+def _gradient_tiles(
+    heads: TwoHeads, stats: DivergenceStats, held: Tensor, tiles: DivergenceTiles
+) -> Iterator[tuple[Tensor, slice]]:
+    """Yields ``u`` of all rows in one slice of the vocabulary after the other: the first K are held, the others
+    recomputed."""
+    N, (K, V), dtype, device = heads.policy.hidden.shape[0], held.shape, held.dtype, held.device
+    beyond = slice(K, N)
+    recomputed, stats = heads.rows(beyond), stats.rows(beyond)
+    product, ref_product = RawProduct(recomputed.policy), RawProduct(recomputed.reference)
+    wide, all_rows = product.weight.wide, slice(0, N - K)
+    direct = tiles.IN_PLACE and dtype == wide
+    step = blocks.slice_columns(N, V, dtype.itemsize + (1 if direct else 2) * wide.itemsize)
+    buffer = torch.empty(N * step, dtype=dtype, device=device)
+    ref_scratch = torch.empty((N - K) * step, dtype=wide, device=device)
     scratch = torch.empty_like(ref_scratch) if not direct else ref_scratch[:0]
     for start in range(0, V, step):
         columns = slice(start, min(start + step, V))
@@ -142,25 +121,20 @@ def _slices(
         tile[:K] = held[:, columns]
         raw = tile[K:] if direct else scratch[: (N - K) * width].view(N - K, width)
         ref_raw = ref_scratch[: (N - K) * width].view(N - K, width)
-        w.logits(operand, columns, raw)
-        ref_w.logits(ref_operand, columns, ref_raw)
-        pair = TilePair(raw, ref_raw, some, logits.columns(columns), ref_logits.columns(columns))
-        tiles.tile_bwd(pair, stats.rows(rest), None, tile[K:], beta=beta, peak=_peak(policy.dtype))
-        yield columns, tile
+        product.write(all_rows, columns, raw)
+        ref_product.write(all_rows, columns, ref_raw)
+        pair = recomputed.pair(raw, ref_raw, columns)
+        tiles.tile_bwd(pair, stats, None, tile[K:], beta=heads.beta, peak=heads.peak)
+        yield tile, columns
 
 
-def _scales(
-    g: Tensor, logits: Logits, scored: Tensor | None, bound: Tensor, dtype: torch.dtype, wide: torch.dtype
-) -> RowScales:
-    """``r`` of each row, over what its ``u`` was scaled by in float16."""
-    row = g.to(wide) * rate(logits.logit_scale, logits.temperature, wide)
-    if scored is not None:
-        row = torch.where(scored, row, 0.0)
-    if dtype != torch.float16:
+def _scales(heads: TwoHeads, g: Tensor, bound: Tensor, wide: torch.dtype) -> RowScales:
+    """Returns ``r`` of each row, over what its ``u`` was scaled by in float16."""
+    row = g.to(wide) * rate(heads.policy.logits, wide)
+    if heads.scored is not None:
+        row = torch.where(heads.scored, row, 0.0)
+    if heads.peak is None:
         return RowScales(None, None, row, None)
     row = row * bound / PEAK
-    return RowScales.of(None, None, row, dtype, torch.where(row.isfinite(), row, 0.0).abs().amax())
-
-
-def _peak(dtype: torch.dtype) -> float | None:
-    return PEAK if dtype == torch.float16 else None
+    largest = torch.where(row.isfinite(), row, 0.0).abs().amax()
+    return RowScales.from_gradients(None, None, row, heads.policy.dtype, largest)

@@ -15,9 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from prefkern.head.engine.adapter import LowRank
 from prefkern.head.engine.blocks import empty_tile, narrowed
-from prefkern.head.engine.products import Weight
+from prefkern.head.engine.head import RawProduct
 from prefkern.kernels.interface import Logits, RowStats, Tiles
 
 _SKIPPED = -1
@@ -25,23 +24,20 @@ _SKIPPED = -1
 
 
 def forward(
-    operand: Tensor,  # [N, H], in the compute dtype
-    w: Weight,
-    low: LowRank | None,
+    product: RawProduct,
+    logits: Logits,
     targets: Tensor,  # [N]
     stats: RowStats,
-    logits: Logits,
     tiles: Tiles,
-    V: int,
     shape: tuple[int, int],
 ) -> None:
     """Fills ``stats`` with tiles of at most ``shape`` rows and columns: one product."""
-    N = operand.shape[0]
+    N, V, device = targets.shape[0], product.weight.shape[0], targets.device
     rows, step = shape
-    scratch = empty_tile(min(rows, N), step, w.wide, operand.device)
+    scratch = empty_tile(min(rows, N), step, product.weight.wide, device)
     for start in range(0, N, rows):
         at = slice(start, min(start + rows, N))
-        own = logits.rows(at)._replace(ignore_index=_SKIPPED)
+        chunk_logits = logits.rows(at)._replace(ignore_index=_SKIPPED)
         row_stats, row_targets = stats.rows(at), targets[at]
         ignored = row_targets == logits.ignore_index
         index = row_targets.clamp(0, V - 1)
@@ -49,14 +45,12 @@ def forward(
         for part, first in enumerate(range(0, V, step)):
             columns = slice(first, min(first + step, V))
             tile = narrowed(scratch, at.stop - start, columns.stop - first)
-            w.logits(operand[at], columns, tile)
-            if low is not None:
-                low.add(at, columns, tile)
+            product.write(at, columns, tile)
             local = (index - first).clamp(0, columns.stop - first - 1).masked_fill_(ignored, _SKIPPED)
-            tiles.tile_fwd(tile, local, parts.rows(part), None, own.columns(columns))
-        widths = torch.full((parts.logps.shape[0], 1), step, device=operand.device)
+            tiles.tile_fwd(tile, local, parts.rows(part), None, chunk_logits.columns(columns))
+        widths = torch.full((parts.logps.shape[0], 1), step, device=device)
         widths[-1] = V - step * (widths.shape[0] - 1)
-        merged = _merge(parts, widths, index // step, own.temperature)
+        merged = _merge(parts, widths, index // step, chunk_logits.temperature)
         for out, value in zip(row_stats, merged, strict=True):
             if out is not None and value is not None:
                 nothing = math.nan if value.is_floating_point() else False  # of a target outside the vocabulary
@@ -64,11 +58,12 @@ def forward(
 
 
 def _like(stats: RowStats, parts: int) -> RowStats:
-    """The same statistics for every slice: ``[parts, rows]``."""
+    """Returns unwritten statistics for every slice, ``[parts, rows]``."""
     return RowStats._make(None if value is None else value.new_empty(parts, *value.shape) for value in stats)
 
 
 def _merge(parts: RowStats, widths: Tensor, target_part: Tensor, temperature: Tensor | float) -> RowStats:
+    """Puts the slices together."""
     part_max, part_sum = parts.row_max.double(), parts.log_sum.double()
     row_max = part_max.amax(0)
     none = row_max == -math.inf  # a row without any finite logit

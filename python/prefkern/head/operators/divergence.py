@@ -1,4 +1,4 @@
-"""The operators of the divergences: schemas, fakes, autograd and dispatch, as in `prefkern.ops`.
+"""The operators of the divergences: schemas, fakes, autograd and dispatch, as in `prefkern.head.operators.logprobs`.
 
 Two pairs, from hidden states and from logits. Only the policy's side is differentiable. ``rows [5, N]`` are the
 statistics that the backward needs, `DivergenceStats`; ``held`` is ``[min(N, k_max), V]`` in the fake.
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from prefkern import operators
 from prefkern.head.engine import two_heads
-from prefkern.head.engine.two_heads import Side
-from prefkern.head.operators.statistics import logits_of
+from prefkern.head.engine.gradients import Gradients
+from prefkern.head.engine.head import Head
+from prefkern.head.engine.two_heads import TwoHeads
+from prefkern.head.operators.statistics import empty_grads, logits_of, returned
 from prefkern.kernels.interface import DivergenceResults, DivergenceStats, TilePair, wide_dtype
 from prefkern.kernels.reference import divergence as plain
 
@@ -36,16 +38,17 @@ def _rows(stacked: Tensor) -> DivergenceStats:
 Arguments = tuple[Any, ...]
 
 
-def _sides(heads: Arguments, forms: Arguments, dtype: torch.dtype, ref_dtype: torch.dtype) -> tuple[Side, Side]:
-    """Both heads of an operator's arguments ``_HEADS``, ``_FORM`` and ``_REF_FORM``."""
+def _heads(heads: Arguments, scored: Tensor | None, forms: Arguments, options: Arguments) -> TwoHeads:
+    """Returns both heads of an operator's arguments ``_HEADS``, ``_FORM`` and ``_REF_FORM``, with beta and dtypes."""
 
-    def side(head: Arguments, form: Arguments, dtype: torch.dtype) -> Side:
-        hidden, weight, bias = head
+    def head(tensors: Arguments, form: Arguments, dtype: torch.dtype) -> Head:
+        hidden, weight, bias = tensors
         row_temperature, temperature, softcap, logit_scale = form
         logits = logits_of(bias, dtype, row_temperature, temperature, softcap, logit_scale=logit_scale)
-        return Side(hidden, weight, logits, dtype)
+        return Head(hidden, weight, logits, dtype)
 
-    return side(heads[:3], forms[:4], dtype), side(heads[3:], forms[4:], ref_dtype)
+    beta, dtype, ref_dtype = options
+    return TwoHeads(head(heads[:3], forms[:4], dtype), head(heads[3:], forms[4:], ref_dtype), scored, beta)
 
 
 def _empty_results(hidden: Tensor, wide: torch.dtype, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,16 +61,13 @@ def _empty_results(hidden: Tensor, wide: torch.dtype, entropy: bool) -> tuple[Te
 
 
 def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
-    heads, scored, forms = arguments[:6], arguments[6], arguments[7:15]
-    beta, dtype, ref_dtype, entropy, k_max = arguments[15:]
-    policy, reference = _sides(heads, forms, dtype, ref_dtype)
-    N, V = policy.hidden.shape[0], policy.weight.shape[0]
-    divergence, entropies, rows = _empty_results(policy.hidden, wide_dtype(dtype), entropy)
-    held = policy.hidden.new_empty(min(N, k_max), V, dtype=dtype)
+    heads = _heads(arguments[:6], arguments[6], arguments[7:15], arguments[15:18])
+    entropy, k_max = arguments[18:]
+    hidden, dtype = heads.policy.hidden, heads.policy.dtype
+    divergence, entropies, rows = _empty_results(hidden, wide_dtype(dtype), entropy)
+    held = hidden.new_empty(min(hidden.shape[0], k_max), heads.policy.weight.shape[0], dtype=dtype)
     results = DivergenceResults(divergence, entropies if entropy else None, _rows(rows))
-    two_heads.forward(
-        policy, reference, scored, results, held, operators.implementation(held, "divergence", plain), beta
-    )
+    two_heads.forward(heads, results, held, operators.implementation(held, "divergence", plain))
     return divergence, entropies, rows, held
 
 
@@ -77,36 +77,17 @@ def _linear_fwd_fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tens
     return *_empty_results(hidden, wide_dtype(dtype), entropy), held
 
 
-def _linear_bwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    heads, (scored, rows, held, g), forms = arguments[:6], arguments[6:10], arguments[10:18]
-    beta, dtype, ref_dtype, need_hidden, need_weight, need_bias = arguments[18:]
-    hidden, bias = heads[0], heads[2]
-    policy, reference = _sides(heads, forms, dtype, ref_dtype)
-    grads = two_heads.backward(
-        held,
-        policy,
-        reference,
-        scored,
-        _rows(rows),
-        g,
-        operators.implementation(held, "divergence", plain),
-        beta,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
-    )
-    grad_bias = None if grads.bias is None else grads.bias.to(bias.dtype)
-    given = (grads.hidden, grads.weight, grad_bias)
-    first, second, third = (hidden.new_empty(0) if grad is None else grad for grad in given)
-    return first, second, third
+def _linear_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    scored, rows, held, g = arguments[6:10]
+    heads = _heads(arguments[:6], scored, arguments[10:18], arguments[18:21])
+    given = (heads.policy.hidden, heads.policy.weight, heads.policy.logits.bias)
+    grads = Gradients(*empty_grads(given, arguments[21:]))
+    two_heads.backward(heads, _rows(rows), held, g, grads, operators.implementation(held, "divergence", plain))
+    return returned(grads[:3], arguments[:3])
 
 
-def _linear_bwd_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    def like(value: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(0) if not needed or value is None else value.new_empty(value.shape)
-
-    need_hidden, need_weight, need_bias = others[-3:]
-    return like(hidden, need_hidden), like(weight, need_weight), like(bias, need_bias)
+def _linear_bwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return returned(empty_grads(arguments[:3], arguments[21:]), arguments[:3])
 
 
 def _linear_setup(ctx: Any, inputs: Arguments, output: tuple[Tensor, ...]) -> None:

@@ -13,37 +13,26 @@ from torch import Tensor
 
 from prefkern import operators
 from prefkern.head.engine import one_pass
+from prefkern.head.engine.gradients import Gradients
+from prefkern.head.engine.head import Head
 from prefkern.head.operators import statistics
 from prefkern.head.operators.statistics import LOGITS, STATS
 from prefkern.kernels.interface import wide_dtype
 from prefkern.kernels.reference import logprobs as reference
 
 
-def _sum_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    coefficients: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    outputs: list[str],
-    compute_dtype: torch.dtype,
-    max_memory: int | None,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
-    tensors = statistics.empty_stats(hidden, targets, outputs, compute_dtype)
+def _sum_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    (hidden, weight, bias, targets, coefficients), form = arguments[:5], arguments[5:10]
+    outputs, dtype, max_memory, needed = arguments[10:]
+    tensors = statistics.empty_stats(hidden, targets, outputs, dtype)
     grads = _empty_grads(hidden, weight, bias, needed)
-    logits = statistics.logits_of(bias, compute_dtype, row_temperature, temperature, softcap, ignore_index, logit_scale)
-    factors = coefficients.to(wide_dtype(compute_dtype))
+    factors = coefficients.to(wide_dtype(dtype))
     one_pass.run(
-        one_pass.Head(hidden, weight, targets, logits, compute_dtype),
+        Head(hidden, weight, statistics.logits_of(bias, dtype, *form), dtype),
+        targets,
         factors,
         statistics.row_stats(tensors, outputs),
-        one_pass.Gradients(*(grad if need else None for grad, need in zip(grads, needed, strict=True))),
+        Gradients(*(grad if need else None for grad, need in zip(grads, needed, strict=True))),
         operators.implementation(tensors[0], "logprobs", reference),
         max_memory,
     )

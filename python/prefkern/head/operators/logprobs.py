@@ -14,6 +14,8 @@ from torch import Tensor
 from prefkern import operators
 from prefkern.head.engine import backward, blocks, forward
 from prefkern.head.engine.adapter import Adapter
+from prefkern.head.engine.gradients import Gradients
+from prefkern.head.engine.head import Head
 from prefkern.head.operators import statistics
 from prefkern.head.operators.statistics import LOGITS, STATS
 from prefkern.kernels.interface import Factors, RowStats
@@ -28,53 +30,35 @@ _HEAD_LOGITS = f"{LOGITS}, float logit_scale, float lora_scale"
 # ------------------------------------------------------------------------------------------------ from hidden states
 
 
-def _linear_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    lora_scale: float,
-    outputs: list[str],
-    compute_dtype: torch.dtype,
-    held_rows: int,
-    frozen_rows: int,
-    entropy_grad: bool,
-    scratch_bytes: int,
-) -> tuple[Tensor, ...]:
-    N = hidden.shape[0]
-    tensors = statistics.empty_stats(hidden, targets, outputs, compute_dtype)
-    kept = _empty_kept(hidden, weight, compute_dtype, min(N, held_rows), min(N, frozen_rows), entropy_grad)
-    if kept.held.shape[1] > weight.shape[0]:
-        kept.held[:, weight.shape[0] :] = 0.0  # no element of an output is left unwritten
-    forward.forward(
-        hidden,
-        weight,
-        _adapter(lora_a, lora_b, lora_scale),
-        targets,
-        statistics.row_stats(tensors, outputs),
-        kept,
-        statistics.logits_of(bias, compute_dtype, row_temperature, temperature, softcap, ignore_index, logit_scale),
-        operators.implementation(kept.held, "logprobs", reference),
-        scratch_bytes,
-    )
-    return *tensors, *kept
+def _head(tensors: tuple[Any, ...], form: tuple[Any, ...], dtype: torch.dtype) -> Head:
+    """Returns the head of an operator's arguments `_HEAD`, without the targets, and `_HEAD_LOGITS`."""
+    hidden, weight, bias, lora_a, lora_b = tensors
+    *logits, lora_scale = form
+    adapter = None if lora_a is None or lora_b is None else Adapter(lora_a, lora_b, lora_scale)
+    return Head(hidden, weight, statistics.logits_of(bias, dtype, *logits), dtype, adapter)
 
 
-def _linear_fwd_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, targets: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    *_, outputs, compute_dtype, held_rows, frozen_rows, entropy_grad, _ = rest
+def _linear_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, targets, form = arguments[:5], arguments[5], arguments[6:12]
+    outputs, dtype, held_rows, frozen_rows, entropy_grad, scratch_bytes = arguments[12:]
+    head = _head(tensors, form, dtype)
+    N, V = head.hidden.shape[0], head.weight.shape[0]
+    results = statistics.empty_stats(head.hidden, targets, outputs, dtype)
+    kept = _empty_kept(head.hidden, head.weight, dtype, min(N, held_rows), min(N, frozen_rows), entropy_grad)
+    if kept.held.shape[1] > V:
+        kept.held[:, V:] = 0.0  # no element of an output is left unwritten
+    tiles = operators.implementation(kept.held, "logprobs", reference)
+    forward.forward(head, targets, statistics.row_stats(results, outputs), kept, tiles, scratch_bytes)
+    return *results, *kept
+
+
+def _linear_fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    hidden, weight, targets = arguments[0], arguments[1], arguments[5]
+    outputs, dtype, held_rows, frozen_rows, entropy_grad, _ = arguments[12:]
     N = hidden.shape[0]
     rows = torch.sym_min(N, held_rows), torch.sym_min(N, frozen_rows)
-    kept = _empty_kept(hidden, weight, compute_dtype, *rows, entropy_grad)
-    return *statistics.empty_stats(hidden, targets, outputs, compute_dtype), *kept
+    kept = _empty_kept(hidden, weight, dtype, *rows, entropy_grad)
+    return *statistics.empty_stats(hidden, targets, outputs, dtype), *kept
 
 
 def _empty_kept(
@@ -90,60 +74,22 @@ def _empty_kept(
     )
 
 
-def _adapter(a: Tensor | None, b: Tensor | None, scale: float) -> Adapter | None:
-    return None if a is None or b is None else Adapter(a, b, scale)
-
-
-def _linear_bwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    targets: Tensor,
-    held: Tensor,
-    kept_logps: Tensor,
-    kept_entropy: Tensor,
-    logps: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    g_logps: Tensor | None,
-    g_entropy: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    ignore_index: int,
-    logit_scale: float,
-    lora_scale: float,
-    scratch_bytes: int,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
-    grads = backward.backward(
-        forward.Kept(held, kept_logps, kept_entropy),
-        hidden,
-        weight,
-        _adapter(lora_a, lora_b, lora_scale),
-        targets,
-        RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None),
-        statistics.logits_of(bias, held.dtype, row_temperature, temperature, softcap, ignore_index, logit_scale),
-        operators.implementation(held, "logprobs", reference),
-        g_logps,
-        g_entropy,
-        backward.Need(*needed),
-        scratch_bytes,
-    )
-    if grads.bias is not None and bias is not None:
-        grads = grads._replace(bias=grads.bias.to(bias.dtype))
-    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+def _linear_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, targets, kept = arguments[:5], arguments[5], forward.Kept(*arguments[6:9])
+    logps, row_max, log_sum, entropy = arguments[9:13]
+    upstream = backward.Upstream(*arguments[13:15])
+    form, (scratch_bytes, needed) = arguments[15:21], arguments[21:]
+    head = _head(tensors, form, kept.held.dtype)
+    stats = RowStats(logps, row_max, log_sum, entropy if entropy.numel() else None)
+    given = (head.hidden, head.weight, head.logits.bias, *tensors[3:])
+    grads = Gradients(*statistics.empty_grads(given, needed))
+    tiles = operators.implementation(kept.held, "logprobs", reference)
+    backward.backward(head, targets, stats, kept, upstream, grads, tiles, scratch_bytes)
+    return statistics.returned(grads, tensors)
 
 
 def _linear_bwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, needed = arguments[0], arguments[-1]
-    return tuple(
-        value.new_empty(value.shape) if need and value is not None else hidden.new_empty(0)
-        for value, need in zip(arguments[:5], needed, strict=True)
-    )
+    return statistics.returned(statistics.empty_grads(arguments[:5], arguments[-1]), arguments[:5])
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,5 +1,8 @@
 """Arguments and results that the operators of the head have in common: how logits are made, and rows' statistics."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,8 @@ STATS = (
 
 
 def empty_stats(rows: Tensor, targets: Tensor, outputs: list[str], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """logps, row_max, log_sum and the optional statistics of every row; those not asked for have no elements."""
+    """Returns unwritten logps, row_max, log_sum and the optional statistics of every row; those not asked for have no
+    elements."""
     N, wide = rows.shape[0], wide_dtype(dtype)
     always = [rows.new_empty(shape, dtype=wide) for shape in (targets.shape, (N,), (N,))]
     optional = [
@@ -25,6 +29,7 @@ def empty_stats(rows: Tensor, targets: Tensor, outputs: list[str], dtype: torch.
 
 
 def row_stats(tensors: tuple[Tensor, ...], outputs: list[str]) -> RowStats:
+    """Returns the statistics that were asked for, by name."""
     given = (value if name in outputs else None for name, value in zip(OPTIONAL, tensors[3:7], strict=True))
     return RowStats(*tensors[:3], *given)
 
@@ -41,3 +46,19 @@ def logits_of(
     """Returns how logits are made, of an operator's arguments `LOGITS` and the logit scale."""
     wide = None if bias is None else bias.to(wide_dtype(dtype))
     return Logits(wide, logit_scale, softcap, temperature if row_temperature is None else row_temperature, ignore_index)
+
+
+def empty_grads(given: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Returns an unwritten gradient of each input that is given and needed."""
+    return [
+        torch.empty_like(value, memory_format=torch.contiguous_format) if need and value is not None else None
+        for value, need in zip(given, needed, strict=True)
+    ]
+
+
+def returned(grads: Sequence[Tensor | None], given: Sequence[Any]) -> tuple[Tensor, ...]:
+    """Returns gradients as an operator does: in the dtypes of the inputs, of no elements where there is none."""
+    return tuple(
+        given[0].new_empty(0) if grad is None else grad.to(value.dtype)
+        for grad, value in zip(grads, given, strict=True)
+    )

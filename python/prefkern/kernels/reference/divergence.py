@@ -76,7 +76,8 @@ def tile_bwd(
 def _log_probs(
     tile: Tensor, logits: Logits, row_max: Tensor | None = None, log_sum: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Log-probabilities (a new tensor), the softcap's derivative, and the row statistics, found if not given."""
+    """Returns log-probabilities (a new tensor), the softcap's derivative, and the row statistics, found if not
+    given."""
     x = tile.to(torch.promote_types(tile.dtype, torch.float32), copy=True)
     slope = logits.activate(x)
     if row_max is None or log_sum is None:
@@ -139,7 +140,7 @@ class _LogProbs:
         return -(self._p * self._lp.clamp(min=-1e30)).sum(-1)
 
     def gradient(self, center: Tensor) -> Tensor:
-        """``u`` without the softcap's factor, in a new tensor."""
+        """Returns ``u`` without the softcap's factor, in a new tensor."""
         if self._beta == 0.0:
             u = self._p - self._q
         elif self._beta == 1.0:
@@ -149,7 +150,7 @@ class _LogProbs:
         return u.masked_fill_(self._lp == -math.inf, 0.0) if self._masked else u
 
     def _expected_gap(self, p: Tensor, lp: Tensor, lq: Tensor) -> Tensor:
-        """``sum p (log p - log q)``: 0 where p is, infinite where only q is, whatever p underflows to."""
+        """Returns ``sum p (log p - log q)``: 0 where p is, infinite where only q is, whatever p underflows to."""
         gap = (lp - lq).mul_(p)
         if self._masked:
             gap = gap.masked_fill_(lq == -math.inf, math.inf).masked_fill_(lp == -math.inf, 0.0)
@@ -157,7 +158,7 @@ class _LogProbs:
 
     @cached_property
     def _against_mixture(self) -> tuple[Tensor, Tensor]:
-        """``log(p / m)`` and ``log(q / m)``; finite also where p or q is 0."""
+        """Returns ``log(p / m)`` and ``log(q / m)``; finite also where p or q is 0."""
         beta = self._beta
         d = self._lq.clamp(min=-1e30) - self._lp.clamp(min=-1e30)
         t = d.abs().neg_().exp_()

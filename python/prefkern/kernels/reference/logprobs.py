@@ -46,7 +46,7 @@ def tile_fwd(
 
 
 def _own(tile: Tensor, keep: bool) -> Tensor:
-    """The tile as it may be overwritten: itself, or a wide copy."""
+    """Returns the tile as it may be overwritten: itself, or a wide copy."""
     return tile.to(wide_dtype(tile.dtype), copy=True) if keep else tile
 
 
@@ -148,7 +148,7 @@ def _gradient(x: Tensor, targets: Tensor, stats: RowStats, factors: Factors, out
 
 
 def _columns(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A legal column for every target as ``[R, 1]``, and whether it is the target's own."""
+    """Returns a legal column for every target as ``[R, 1]``, and whether it is the target's own."""
     return targets.clamp(0, width - 1).unsqueeze(-1), (targets >= 0) & (targets < width)
 
 

@@ -1,4 +1,4 @@
-"""What the tile functions in plain torch share: blocks of rows that the caches hold, and row scaling."""
+"""Shared by the tile functions in plain torch: blocks of rows that the caches hold, and row scaling."""
 
 import math
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ CAST_BYTES = 8 << 20
 
 
 def block_elements(rows: int, V: int) -> int:
-    """Elements that the tile functions of a CPU take at a time, in whole rows: a sixteenth of the tile, so that
-    temporaries stay small beside it, between 2 and 8 MB of float32, which the caches hold. Not fewer: every pass over a
-    block waits for all threads, which costs much on busy cores."""
+    """Returns the elements that the tile functions of a CPU take at a time, in whole rows: a sixteenth of the tile, so
+    that temporaries stay small beside it, between 2 and 8 MB of float32, which the caches hold. Not fewer: every pass
+    over a block waits for all threads, which costs much on busy cores."""
     step = max(1, min(max(rows * V // 16, 1 << 19), 1 << 21) // max(V, 1))
     return min(step, rows) * V
 

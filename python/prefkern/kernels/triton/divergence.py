@@ -43,7 +43,8 @@ class Two(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """Which divergence (beside MODE), and the ``peak`` that a row's gradient is held times over its bound, or None."""
+    """The divergence's beta (beside MODE), and the ``peak`` that a row's gradient is held times over its bound, or
+    None."""
 
     beta: Any
     peak: Any

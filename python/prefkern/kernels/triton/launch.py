@@ -1,5 +1,5 @@
-"""What launchers share: what kernels are given, tile sizes, the device guard, argument checks. Torch is imported where
-it is used, so that kernels can be compiled where there is none."""
+"""Shared by the launchers: the arguments of kernels, tile sizes, the device guard, argument checks. Torch is imported
+where it is used, so that kernels can be compiled where there is none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Tile(NamedTuple):
-    """How a row is cut: ``lanes * per_lane`` elements at a time, ``per_lane`` of them contiguous in one thread."""
+    """The cut of a row: ``lanes * per_lane`` elements at a time, ``per_lane`` of them contiguous in one thread."""
 
     lanes: int
     per_lane: int
@@ -29,7 +29,8 @@ class Matrix(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How logits are made of the raw product, ``softcap(scale (a + bias)) / temperature``: what is absent is None."""
+    """Transformation of the raw product into logits, ``softcap(scale (a + bias)) / temperature``: absent parts are
+    None."""
 
     bias: Any  # [V]
     scale: Any
@@ -70,8 +71,8 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def check_rows(where: str, **tensors: Any) -> None:
-    """The kernels read rows as contiguous memory (any row stride) and vectors as contiguous. What is no tensor is left
-    aside; of a tuple each field is looked at."""
+    """Checks that rows are contiguous memory (of any row stride) and vectors contiguous, as the kernels read them:
+    every tensor that is given, also in the fields of a tuple."""
     for name, value in tensors.items():
         if hasattr(value, "_asdict"):
             check_rows(where, **value._asdict())

@@ -20,7 +20,7 @@ those of `prefkern.kernels.triton.row`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -132,13 +132,25 @@ def tile_bwd(
     launch(_tile_bwd_kernel, tile, BACKWARD[tile.element_size()], *arguments)
 
 
+class Held(NamedTuple):
+    """Values from which the gradient of a held row is computed: the target's column and its p and u, and the loss's
+    factors."""
+
+    y: Any
+    p_y: Any
+    u_y: Any
+    entropy: Any
+    c: Any
+    e: Any
+
+
 @triton.jit
-def _held_gradient(u, cols, has_target, y, p_y, u_y, entropy, c, e):
+def _held_gradient(entry, u, cols, has_target):
     p = u
     if has_target:  # one tile of the row: the others do not pay for the comparison
-        p = tl.where(cols == y, p_y, u)
-        u = tl.where(cols == y, u_y, u)
-    return c * u + p * (e * (log2(p) * LN2 + entropy))
+        p = tl.where(cols == entry.y, entry.p_y, u)
+        u = tl.where(cols == entry.y, entry.u_y, u)
+    return entry.c * u + p * (entry.e * (log2(p) * LN2 + entry.entropy))
 
 
 @triton.jit(do_not_specialize=["ignore_index", "v_start", "V"])
@@ -167,6 +179,7 @@ def _held_bwd_kernel(
     e = tl.where(scored, tl.load(factors.e + i), 0.0)
     p_y = tl.exp2(logps * LOG2E)
     u_y = tl.where(logps == float("-inf"), 0.0, expm1(logps))
+    entry = Held(y, p_y, u_y, entropy, c, e)
     row_ptr = held.ptr + i * held.stride
     out_ptr = out.ptr + i * out.stride
     dtype = out_ptr.dtype.element_ty
@@ -175,12 +188,12 @@ def _held_bwd_kernel(
     for v in tl.range(0, main, STEP, num_stages=TILE.num_stages):
         cols = v + lane
         u = tl.load(row_ptr + cols, mask=scored, other=0.0).to(tl.float32)
-        g = _held_gradient(u, cols, (y >= v) & (y < v + STEP), y, p_y, u_y, entropy, c, e)
+        g = _held_gradient(entry, u, cols, (y >= v) & (y < v + STEP))
         tl.store(out_ptr + cols, g.to(dtype))
     if main < V:
         cols = main + lane
         u = tl.load(row_ptr + cols, mask=(cols < V) & scored, other=0.0).to(tl.float32)
-        g = _held_gradient(u, cols, y >= main, y, p_y, u_y, entropy, c, e)
+        g = _held_gradient(entry, u, cols, y >= main)
         tl.store(out_ptr + cols, g.to(dtype), mask=cols < V)
 
 

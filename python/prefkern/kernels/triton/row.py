@@ -48,7 +48,7 @@ class Sums(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the gradient of a row is made of; ``c`` of None is 1, ``e`` of None is 0."""
+    """Values from which the gradient of a row is computed; ``c`` of None is 1, ``e`` of None is 0."""
 
     scored: Any
     y: Any  # int64: the target's column, or none

@@ -62,7 +62,7 @@ class PairStats(NamedTuple):
 
 
 class PairEntry(NamedTuple):
-    """What every tile of a row needs for its gradient; ``rate = 1 / T``."""
+    """Values from which every tile of a row computes its gradient; ``rate = 1 / T``."""
 
     rate: Any
     log2_sum: Any

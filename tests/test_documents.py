@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import prefkern
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "trainers.md"]
 
 
 def model() -> Any:

@@ -93,7 +93,7 @@ _STATISTICS = [
     ("_add", "q * decay * decay", "q * decay"),
     ("_add", "w * w, 1", "w, 1"),
     ("_add", "sums.s * decay + tl.sum(w, 1)", "sums.s + tl.sum(w, 1)"),
-    ("_add_total", "total += tl.sum(x, 1)", "total += tl.sum(x, 1) * 0.5"),
+    ("_add_total", "total -= tl.sum(-x, 1)", "total -= tl.sum(-x, 1) * 0.5"),
     ("_store", 'tl.where(outside, float("nan"), value)', "value"),
     ("_store", "value), 0.0)", "value), 1.0)"),
     (_WRITE, "(target < 0) | (target >= V)", "(target >= V)"),

@@ -133,7 +133,7 @@ def _add(sums, x, group, log2e_t, wanted):
 def _add_total(sums, x, wanted):
     total = sums.total
     if wanted.mean_logit is not None:
-        total += tl.sum(x, 1)
+        total -= tl.sum(-x, 1)  # Triton 3.6 does not compile a sum of what was just loaded and is used again
     return Sums(sums.m, sums.s, sums.e, sums.q, total, sums.argmax)
 
 

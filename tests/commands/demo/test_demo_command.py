@@ -72,7 +72,7 @@ def test_without_the_packaged_model(capsys: pytest.CaptureFixture[str], monkeypa
 
 @pytest.mark.parametrize("missing", ["trl", "rich", "matplotlib"])
 def test_without_the_extra(missing: str) -> None:
-    code = f"import sys; sys.modules[{missing!r}] = None; from prefkern.demo import main; sys.exit(main([]))"
+    code = f"import sys; sys.modules[{missing!r}] = None; from prefkern.commands.demo import main; sys.exit(main([]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"prefkern demo: the demo needs {missing}: pip install 'prefkern[demo]'\n"

@@ -187,7 +187,7 @@ ROWS = np.full((3, 2), -1.0)
             "logps must be [B, T], or packed [N] with cu_seqlens, got shape (3, 2) with cu_seqlens",
             {"cu_seqlens": [0, 6]},
         ),
-        (ValueError, "kl_coef must be a finite number in [0.0, inf], got -1", {"kl_coef": -1}),
+        (ValueError, "kl_coef must be a finite number in [0.0, inf), got -1", {"kl_coef": -1}),
         (ValueError, "kl_estimator must be one of 'k1', 'k2', 'k3', got 'k4'", {"kl_estimator": "k4"}),
         (ValueError, "score_at must be one of 'last', 'after_last', got 'first'", {"score_at": "first"}),
         (ValueError, "logps must not require a gradient", {"logps": torch.ones(3, 2, requires_grad=True)}),

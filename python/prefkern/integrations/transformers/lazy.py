@@ -233,7 +233,6 @@ def _can_be_lazy(hidden: Any) -> bool:
     return torch.is_grad_enabled() or hidden.shape[-2] != 1  # the next token of generate
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _compiled() -> bool:
     """True; says so once, while the model is traced."""
     warnings.warn(
@@ -243,6 +242,10 @@ def _compiled() -> bool:
         stacklevel=2,
     )
     return True
+
+
+# what `torch.compiler.assume_constant_result` sets; the decorator itself would load the compiler, and Triton, at import
+_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_sharded(matrix: Matrix) -> None:

@@ -115,6 +115,24 @@ def test_metrics() -> None:
     assert importance_weights(LP, ROLLOUT, MASK, metrics=False).metrics == {}
 
 
+@pytest.mark.parametrize("lengths", [[0, 2], [2, 0, 1], [3]])
+def test_metrics_of_sequences_leave_empty_ones_out(lengths) -> None:
+    """Also where there are as many sequences as tokens."""
+    cu, total = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
+    lp, rollout = LP.flatten()[:total], torch.full((total,), -3.0)
+    metrics = importance_weights(lp, rollout, level="geometric", cu_seqlens=cu).metrics
+    ratios = [part.mean().exp().item() for part in (lp - rollout).split(lengths) if len(part)]
+    for name, value in (("mean", sum(ratios) / len(ratios)), ("min", min(ratios)), ("max", max(ratios))):
+        assert metrics[f"sampling/importance_sampling_ratio/{name}"].item() == pytest.approx(value)
+
+
+def test_a_gate_keeps_its_bounds() -> None:
+    lp, rollout = torch.tensor([-1.0, -1.5]), torch.tensor([-1.0, -1.0])  # k2: 0, 1/8
+    for bounds in ({"gate_high": 0.125}, {"gate_low": 0.0}):
+        assert importance_weights(lp, rollout, gate="k2", **bounds).mask.all()
+    assert importance_weights(lp, rollout, gate="tv", gate_low=0.1).mask.tolist() == [False, True]  # p fell
+
+
 def test_what_the_sampler_did_not_tell_has_ratio_one() -> None:
     rollout = ROLLOUT.clone()
     rollout[1, 0] = math.nan

@@ -138,8 +138,8 @@ def grpo_loss(
     Times the ratio, as here (TRL 1.16's default) unless ``use_bias_correction_kl=False``, k1 and k3 have the gradient
     of the divergence on average. Alone they have not: k1's is 0 on average, k3's follows the divergence the other way
     round (k2's is right on policy). ``kl_gradient="unbiased"`` keeps the value of k alone and takes the gradient
-    ``sg[c k1] grad lp``. Log-ratios are held within +-20, without a gradient beyond. Gradients reach ``logps`` and
-    ``entropy`` only.
+    ``sg[c k1] grad lp``. Log-ratios are held within +-20, without a gradient beyond (in TRL they are not).
+    Gradients reach ``logps`` and ``entropy`` only.
 
     Args:
         logps, ref_logps: of the tokens taken, under the policy and the reference; padded ``[B, T]`` or packed ``[N]``.

@@ -176,7 +176,7 @@ def importance_weights(
     if chosen.normalize:
         spread = weights if chosen.level == "token" else per_token(weights, lp, cu_seqlens)
         weights = divide(weights, masked_mean(spread, kept))
-    shown = _metrics(difference, ratio, given, kept, cu_seqlens) if chosen.metrics else {}
+    shown = _metrics(difference, ratio, chosen.level, given, kept, cu_seqlens) if chosen.metrics else {}
     return ImportanceWeights(weights, kept, shown)
 
 
@@ -214,11 +214,14 @@ def _of_sequences(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 def _metrics(
-    difference: Tensor, ratio: Tensor, mask: Tensor | None, kept: Tensor, cu_seqlens: Tensor | None
+    difference: Tensor,
+    ratio: Tensor,
+    level: WeightLevel,
+    mask: Tensor | None,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> dict[str, Tensor]:
-    counted = mask
-    if ratio.shape != difference.shape and mask is not None:
-        counted = sequence_lengths(difference, mask, cu_seqlens) > 0
+    counted = mask if level == "token" else sequence_lengths(difference, mask, cu_seqlens) > 0
     distance = difference.abs()
     means = masked_means({"sampling/sampling_logp_difference/mean": distance, "sampling/kept": kept}, mask)
     return {

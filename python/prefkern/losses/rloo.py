@@ -68,8 +68,8 @@ def rloo_loss(
 
     Args:
         logps: of the tokens taken, padded ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``.
-        old_logps: under the policy that sampled them: per token, or their sums ``[B]`` (packed ``[S]``). None says that
-            it is this one, at its first update.
+        old_logps: under the policy that sampled them: per token, or their sums ``[B]`` (packed ``[S]``; as many
+            values as tokens are taken per token). None says that it is this one, at its first update.
         advantages: per sequence ``[B]`` (packed ``[S]``), of ``data.group_advantages(method="rloo")``; or per token,
             and a sequence then counts the mean of its tokens' losses.
         mask: scored tokens, bool or 0/1, shaped like ``logps``; what it excludes may hold anything.
